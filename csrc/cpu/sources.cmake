@@ -2,7 +2,6 @@
 # The CPU kernels and the flags of each instruction set. Nothing outside the two x86 lists may be
 # built with more than the baseline: which of them runs is chosen at run time (dispatch.cpp).
 set(SPENSE_CPU_SOURCES
-    format/pack.cpp format/status.cpp
     cpu/dispatch.cpp
     cpu/gemm_reference.cpp cpu/gemm_portable.cpp
     cpu/quantize_reference.cpp cpu/quantize_portable.cpp)

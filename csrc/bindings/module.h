@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace spense::bindings {
+
+void add_format(pybind11::module_& m);
+
+}  // namespace spense::bindings

@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ops of spense_kernels/ops.py on the CPU: check, choose, allocate, call. Schemas live there.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/gemm.h"
+#include "cpu/quantize.h"
+#include "format/pack.h"
+#include "torch/checks.h"
+
+namespace spense::ops {
+namespace {
+
+using torch::stable::parallel_for;
+
+Tensor empty_cpu(std::initializer_list<int64_t> shape, ScalarType type) {
+  const std::vector<int64_t> sizes(shape);
+  return torch::stable::empty(sizes, type);
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Elements between two rows; a single row may carry any stride.
+int64_t row_stride(const Tensor& x) { return x.size(0) > 1 ? x.stride(0) : x.size(1); }
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+std::unique_ptr<void, Free> aligned_workspace(size_t bytes) {
+  constexpr size_t kAlignment = 64;
+  const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  std::unique_ptr<void, Free> memory(rounded ? std::aligned_alloc(kAlignment, rounded) : nullptr);
+  if (rounded && !memory) throw std::bad_alloc();
+  return memory;
+}
+
+Tensor hybrid_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& w_tiles,
+                   const Tensor& x_scale, const Tensor& w_scale, std::optional<Tensor> bias,
+                   int64_t n, int64_t k, int64_t layout, ScalarType out_dtype,
+                   bool /*fast_accum: sums are always float32 here*/,
+                   std::optional<std::string> config) {
+  constexpr const char* op = "hybrid_gemm";
+  check_hybrid_gemm(x, w_packed, w_tiles, x_scale, w_scale, bias, n, k, layout);
+  check_aligned(SPENSE_ARG(op, w_packed), 16);
+  const FloatType out = float_type({op, "out_dtype"}, out_dtype);
+  const cpu::GemmConfig* gemm = cpu::find_gemm(config ? config->c_str() : nullptr);
+  if (!gemm) {
+    Arg{op, "config"}.fail("expected one of ", cpu::config_names(), ", got ", *config);
+  }
+  const auto table =
+      format::check_tile_table(n, k, data<int32_t>(w_tiles), w_packed.numel());
+  if (!table.ok()) Arg{op, "w_tiles"}.fail(table.message());
+
+  Tensor y = empty_cpu({x.size(0), n}, out_dtype);
+  if (y.numel() == 0) return y;
+  cpu::GemmArgs args;
+  args.m = x.size(0);
+  args.n = n;
+  args.k = k;
+  args.x = data<uint8_t>(x);
+  args.x_stride = row_stride(x);
+  args.w = data<uint8_t>(w_packed);
+  args.tiles = data<int32_t>(w_tiles);
+  args.x_scale = data<float>(x_scale);
+  args.x_scale_step = x_scale.size(0) == 1 ? 0 : 1;
+  args.w_scale = data<float>(w_scale);
+  args.bias = bias ? data<float>(*bias) : nullptr;
+  args.y = y.mutable_data_ptr();
+  args.out = out;
+  const auto plan = gemm->plan(args, static_cast<int>(torch::stable::get_num_threads()));
+  const auto workspace = aligned_workspace(plan.workspace_bytes);
+  if (plan.prepare_items) {
+    parallel_for(0, plan.prepare_items, 1, [&](int64_t begin, int64_t end) {
+      gemm->prepare(plan, workspace.get(), begin, end);
+    });
+  }
+  parallel_for(0, plan.run_items, 1, [&](int64_t begin, int64_t end) {
+    gemm->run(plan, workspace.get(), begin, end);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> quantize_fp8(const Tensor& x, std::optional<Tensor> gather) {
+  constexpr const char* op = "quantize_fp8";
+  const TensorArg x_arg = SPENSE_ARG(op, x);
+  check_rows(x_arg);
+  cpu::QuantizeArgs args;
+  args.in = float_type(x_arg, x.scalar_type());
+  args.m = x.size(0);
+  args.k = x.size(1);
+  check_at_least_one({op, "x.shape[1]"}, args.k);
+  if (gather) {
+    const TensorArg gather_arg{{op, "gather"}, *gather};
+    check_dtype(gather_arg, {ScalarType::Int});
+    check_shape(gather_arg, {args.k});
+    check_contiguous(gather_arg);
+    check_same_device(gather_arg, x_arg);
+    args.gather = data<int32_t>(*gather);
+    if (const int64_t bad = cpu::first_bad_gather(args.gather, args.k); bad >= 0) {
+      gather_arg.fail("expected columns in [0, ", args.k, "), got ", args.gather[bad],
+                      " at position ", bad);
+    }
+  }
+  args.y_stride = format::padded_k(args.k);
+  Tensor padded = empty_cpu({args.m, args.y_stride}, ScalarType::Float8_e4m3fn);
+  Tensor scale = empty_cpu({args.m}, ScalarType::Float);
+  if (args.m > 0) {
+    args.x = x.const_data_ptr();
+    args.x_stride = row_stride(x);
+    args.y = mutable_data<uint8_t>(padded);
+    args.scale = mutable_data<float>(scale);
+    const cpu::QuantizeConfig* config = cpu::find_quantize(nullptr);
+    const int64_t rows_worth_a_thread = std::max<int64_t>(1, (int64_t{1} << 14) / args.k);
+    parallel_for(0, args.m, rows_worth_a_thread,
+                 [&](int64_t begin, int64_t end) { config->run(args, begin, end); });
+  }
+  // Not aten::narrow: the result must not be known to autograd as a view.
+  const int64_t sizes[] = {args.m, args.k};
+  const int64_t strides[] = {args.y_stride, 1};
+  AtenTensorHandle view = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(padded.get(), 2, sizes, strides, 0, &view));
+  return {Tensor(view), scale};
+}
+
+// The split as pack and unpack get it. `widths` must outlive the result.
+format::PayloadLayout payload_layout(const char* op, const std::vector<int64_t>& widths, int64_t n,
+                                     int64_t k, int64_t k_shards) {
+  check_at_least_one({op, "n"}, n);
+  check_at_least_one({op, "k"}, k);
+  check_at_least_one({op, "k_shards"}, k_shards);
+  if (static_cast<int64_t>(widths.size()) != format::tile_count(n)) {
+    Arg{op, "dense_width"}.fail("expected ", format::tile_count(n),
+                                " widths (one for each 128 rows of n), got ", widths.size());
+  }
+  const format::SplitDesc split{n, k, k_shards, widths.data()};
+  if (const auto status = format::check_split(split); !status.ok()) {
+    throw std::runtime_error("spense::" + std::string(op) + ": " + status.message());
+  }
+  return format::PayloadLayout(split);
+}
+
+void check_bytes(const TensorArg& arg, int64_t expected) {
+  check_dtype(arg, {ScalarType::Byte});
+  check_shape(arg, {expected});
+  check_contiguous(arg);
+}
+
+std::tuple<Tensor, Tensor> pack(const Tensor& values, const Tensor& indices, const Tensor& dense,
+                                std::vector<int64_t> dense_width, int64_t n, int64_t k,
+                                int64_t k_shards) {
+  constexpr const char* op = "pack";
+  const auto layout = payload_layout(op, dense_width, n, k, k_shards);
+  const auto sizes = layout.sizes();
+  check_bytes(SPENSE_ARG(op, values), sizes.values);
+  check_bytes(SPENSE_ARG(op, indices), sizes.indices);
+  check_bytes(SPENSE_ARG(op, dense), sizes.dense);
+  check_same_device(SPENSE_ARG(op, indices), SPENSE_ARG(op, values));
+  check_same_device(SPENSE_ARG(op, dense), SPENSE_ARG(op, values));
+
+  std::mutex guard;
+  format::Status first;
+  parallel_for(0, sizes.tiles, 1, [&](int64_t begin, int64_t end) {
+    const auto status = format::check_payload(layout, data<uint8_t>(values), data<uint8_t>(indices),
+                                              data<uint8_t>(dense), begin, end);
+    const std::lock_guard lock(guard);
+    if (!status.ok() && (first.ok() || status.tile < first.tile)) first = status;
+  });
+  if (!first.ok()) throw std::runtime_error("spense::pack: " + first.message());
+
+  Tensor w_packed = empty_cpu({sizes.packed}, ScalarType::Byte);
+  Tensor w_tiles = empty_cpu({sizes.tiles + 1, format::kTileTableColumns}, ScalarType::Int);
+  layout.write_tile_table(mutable_data<int32_t>(w_tiles));
+  uint8_t* packed = mutable_data<uint8_t>(w_packed);
+  parallel_for(0, sizes.tiles, 1, [&](int64_t begin, int64_t end) {
+    format::pack(layout, data<uint8_t>(values), data<uint8_t>(indices), data<uint8_t>(dense),
+                 packed, begin, end);
+  });
+  return {w_packed, w_tiles};
+}
+
+std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& w_packed, const Tensor& w_tiles,
+                                          std::vector<int64_t> dense_width, int64_t n, int64_t k,
+                                          int64_t k_shards, int64_t layout) {
+  constexpr const char* op = "unpack";
+  check_layout(op, layout);
+  const auto payload = payload_layout(op, dense_width, n, k, k_shards);
+  const auto sizes = payload.sizes();
+  check_packed(SPENSE_ARG(op, w_packed), SPENSE_ARG(op, w_tiles), n);
+  check_same_device(SPENSE_ARG(op, w_tiles), SPENSE_ARG(op, w_packed));
+  check_shape(SPENSE_ARG(op, w_packed), {sizes.packed});
+  const auto table =
+      format::check_tile_table(payload, data<int32_t>(w_tiles), w_packed.numel());
+  if (!table.ok()) Arg{op, "w_tiles"}.fail(table.message());
+
+  Tensor values = empty_cpu({sizes.values}, ScalarType::Byte);
+  Tensor indices = empty_cpu({sizes.indices}, ScalarType::Byte);
+  Tensor dense = empty_cpu({sizes.dense}, ScalarType::Byte);
+  uint8_t* out[] = {mutable_data<uint8_t>(values), mutable_data<uint8_t>(indices),
+                    mutable_data<uint8_t>(dense)};
+  parallel_for(0, sizes.tiles, 1, [&](int64_t begin, int64_t end) {
+    format::unpack(payload, data<uint8_t>(w_packed), out[0], out[1], out[2], begin, end);
+  });
+  return {values, indices, dense};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(spense, CPU, m) {
+  m.impl("hybrid_gemm", TORCH_BOX(&hybrid_gemm));
+  m.impl("quantize_fp8", TORCH_BOX(&quantize_fp8));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+}
+
+}  // namespace spense::ops

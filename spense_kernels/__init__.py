@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hybrid 2:4 sparse + dense FP8 GEMM for LLM inference.
+
+Importing the package registers the ops `torch.ops.spense.*`. The names below load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version as _version
+
+from spense_kernels import ops
+
+__version__ = _version("spense-kernels")
+
+_HOMES = {
+    "HybridWeight": "format",
+    "PackedWeight": "format",
+    "Split": "format",
+    "SpenseLinear": "linear",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
+    "verify_checkpoint": "checkpoint",
+    "PruneConfig": "prune",
+    "prune_model": "prune",
+}
+
+__all__ = ["__version__", "ops", *_HOMES]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
