@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load causal language models: Hugging Face directories, GGUF files, spense checkpoints."""
+
+from spense_kernels.models.load import (
+    LoadedModel,
+    auto_dtype,
+    is_spense_checkpoint,
+    load_any,
+    load_dense,
+)
+
+__all__ = ["LoadedModel", "auto_dtype", "is_spense_checkpoint", "load_any", "load_dense"]
