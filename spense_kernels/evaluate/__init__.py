@@ -2,8 +2,8 @@
 """Texts, windows, perplexity with its standard error, greedy generation, op counting."""
 
 from spense_kernels.evaluate.generation import generate
+from spense_kernels.evaluate.measure import paired_difference, perplexity
 from spense_kernels.evaluate.op_count import OpCounter
-from spense_kernels.evaluate.perplexity import paired_difference, perplexity
 from spense_kernels.evaluate.text import Corpus, files, pick, python_docs, windows
 
 __all__ = [
