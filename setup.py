@@ -33,7 +33,8 @@ def cuda_requirements() -> list[str]:
     """Header packages that an isolated build must fetch, none for a build without CUDA."""
     query = [sys.executable, str(ROOT / "cmake" / "find_cuda.py"), "--archs"]
     found = subprocess.run(query, capture_output=True, text=True, check=False)
-    return ["nvidia-cutlass==4.2.0.0"] if found.stdout.strip() else []
+    lines = (ROOT / "cmake" / "requirements-cuda.txt").read_text().splitlines()
+    return [line for line in lines if not line.startswith("#")] if found.stdout.strip() else []
 
 
 class CMakeBuild(build_ext):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # spense::cutlass = the headers of the PyPI package nvidia-cutlass, pinned.
-set(SPENSE_CUTLASS_VERSION 4.2.0)
+file(STRINGS ${SPENSE_ROOT}/cmake/requirements-cuda.txt pin REGEX "^nvidia-cutlass==")
+string(REGEX REPLACE "^nvidia-cutlass==([0-9]+\\.[0-9]+\\.[0-9]+).*$" "\\1" SPENSE_CUTLASS_VERSION "${pin}")
 execute_process(
   COMMAND ${Python3_EXECUTABLE} -c
           "import importlib.util as u; print(u.find_spec('cutlass_library').submodule_search_locations[0])"
@@ -11,7 +12,7 @@ execute_process(
 set(cutlass_include ${cutlass_library}/source/include)
 if(failed OR NOT EXISTS ${cutlass_include}/cutlass/version.h)
   message(FATAL_ERROR "spense_kernels: the CUDA build reads CUTLASS headers from Python's packages: "
-                      "pip install nvidia-cutlass==${SPENSE_CUTLASS_VERSION}.0")
+                      "pip install ${pin}")
 endif()
 set(found "")
 foreach(part MAJOR MINOR PATCH)

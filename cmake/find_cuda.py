@@ -31,7 +31,9 @@ class NotPossible(Exception):
 
 def nvcc_version(path: str) -> tuple[int, int] | None:
     try:
-        text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     match = re.search(r"release (\d+)\.(\d+)", text)
@@ -92,7 +94,9 @@ def find_archs() -> tuple[list[str], str]:
     archs = list(dict.fromkeys(archs)) or present_archs()
     if not archs:
         if required:
-            raise NotPossible("SPENSE_REQUIRE_CUDA=1, but SPENSE_CUDA_ARCHS is empty and no GPU here")
+            raise NotPossible(
+                "SPENSE_REQUIRE_CUDA=1, but SPENSE_CUDA_ARCHS is empty and no GPU here"
+            )
         return [], "no supported GPU here; set SPENSE_CUDA_ARCHS to build for one elsewhere"
     nvcc, reason = find_nvcc()
     if nvcc is None:

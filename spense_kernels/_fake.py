@@ -52,7 +52,7 @@ class _Arg:
 
     def shape(self, *expected: int) -> None:
         shape = self.value.shape
-        same = len(shape) == len(expected) and all(a == b for a, b in zip(shape, expected))
+        same = len(shape) == len(expected) and all(a == b for a, b in zip(shape, expected, strict=True))
         self.check(same, f"shape {list(expected)}", list(shape))
 
     def contiguous(self) -> None:
@@ -141,9 +141,7 @@ def hybrid_gemm(
         bias_arg.contiguous()
         bias_arg.same_device(x_arg)
     if out_dtype not in FLOATS:
-        _Arg(op, "out_dtype").fail(
-            "dtype bfloat16 or float16 or float32", _dtype_name(out_dtype)
-        )
+        _Arg(op, "out_dtype").fail("dtype bfloat16 or float16 or float32", _dtype_name(out_dtype))
     return x.new_empty((x.shape[0], n), dtype=out_dtype)
 
 
@@ -180,8 +178,8 @@ def _sizes(op: str, dense_width: Sequence[int], n: int, k: int, k_shards: int) -
     values = indices = dense = packed = 0
     for tile, width in enumerate(dense_width):
         legal = width in (0, columns) or (0 < width < columns and width % GRANULE == 0)
-        expected = f"0, {columns} or a multiple of {GRANULE} below, in tile {tile}"
-        width_arg.check(legal, expected, width)
+        expected = f"0, {columns} or a multiple of {GRANULE} below it"
+        width_arg.check(legal, expected, f"{width} (tile {tile})")
         rows = min(TILE_ROWS, n - tile * TILE_ROWS) * k_shards
         groups = _ceil_div(columns - width, 4)
         values += rows * 2 * groups
@@ -207,7 +205,7 @@ def pack(
     *payload, packed, tiles = _sizes(op, dense_width, n, k, k_shards)
     first = _Arg(op, "values", values)
     args = [first, _Arg(op, "indices", indices), _Arg(op, "dense", dense)]
-    for arg, size in zip(args, payload):
+    for arg, size in zip(args, payload, strict=True):
         arg.bytes(size)
     for arg in args[1:]:
         arg.same_device(first)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the op libraries: the CPU one always, the CUDA one where torch has CUDA and it was built."""
+"""Loads the op libraries: for the CPU always, for CUDA where torch has it and it was built."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def load_library(name: str, folder: Path = LIBRARY_FOLDER) -> None:
     """
     path = folder / f"lib{name}.so"
     if not path.is_file():
-        raise ImportError(f"spense_kernels: {path}: expected a library, got no such file. {_BUILD_HINT}")
+        raise ImportError(
+            f"spense_kernels: {path}: expected a library, got no such file. {_BUILD_HINT}"
+        )
     try:
         torch.ops.load_library(str(path))
     except OSError as problem:
@@ -48,7 +50,9 @@ def build_info() -> dict:
     """
     path = LIBRARY_FOLDER / "build.json"
     if not path.is_file():
-        raise ImportError(f"spense_kernels: {path}: expected a build record, got none. {_BUILD_HINT}")
+        raise ImportError(
+            f"spense_kernels: {path}: expected a build record, got none. {_BUILD_HINT}"
+        )
     return json.loads(path.read_text())
 
 

@@ -43,9 +43,7 @@ struct TensorArg : Arg {
 };
 
 #define SPENSE_ARG(op, variable) \
-  ::spense::ops::TensorArg {     \
-    { op, #variable }, variable  \
-  }
+  ::spense::ops::TensorArg { {op, #variable}, variable }
 
 inline const char* dtype_name(ScalarType type) {
   switch (type) {

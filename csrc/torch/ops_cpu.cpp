@@ -50,6 +50,24 @@ std::unique_ptr<void, Free> aligned_workspace(size_t bytes) {
   return memory;
 }
 
+void throw_unless_ok(const char* op, const format::Status& status) {
+  if (!status.ok())
+    throw std::runtime_error("spense::" + std::string(op) + ": " + status.message());
+}
+
+// Runs check(begin, end) over all tiles and throws the problem of the first tile that has one.
+template <typename Check>
+void for_tiles(const char* op, int64_t tiles, const Check& check) {
+  std::mutex guard;
+  format::Status first;
+  parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    const format::Status status = check(begin, end);
+    const std::lock_guard lock(guard);
+    if (!status.ok() && (first.ok() || status.tile < first.tile)) first = status;
+  });
+  throw_unless_ok(op, first);
+}
+
 Tensor hybrid_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& w_tiles,
                    const Tensor& x_scale, const Tensor& w_scale, std::optional<Tensor> bias,
                    int64_t n, int64_t k, int64_t layout, ScalarType out_dtype,
@@ -63,9 +81,8 @@ Tensor hybrid_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& w_tile
   if (!gemm) {
     Arg{op, "config"}.fail("expected one of ", cpu::config_names(), ", got ", *config);
   }
-  const auto table =
-      format::check_tile_table(n, k, data<int32_t>(w_tiles), w_packed.numel());
-  if (!table.ok()) Arg{op, "w_tiles"}.fail(table.message());
+  const auto table = format::check_tile_table(n, k, data<int32_t>(w_tiles), w_packed.numel());
+  throw_unless_ok(op, table);
 
   Tensor y = empty_cpu({x.size(0), n}, out_dtype);
   if (y.numel() == 0) return y;
@@ -90,9 +107,8 @@ Tensor hybrid_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& w_tile
       gemm->prepare(plan, workspace.get(), begin, end);
     });
   }
-  parallel_for(0, plan.run_items, 1, [&](int64_t begin, int64_t end) {
-    gemm->run(plan, workspace.get(), begin, end);
-  });
+  parallel_for(0, plan.run_items, 1,
+               [&](int64_t begin, int64_t end) { gemm->run(plan, workspace.get(), begin, end); });
   return y;
 }
 
@@ -134,8 +150,7 @@ std::tuple<Tensor, Tensor> quantize_fp8(const Tensor& x, std::optional<Tensor> g
   const int64_t sizes[] = {args.m, args.k};
   const int64_t strides[] = {args.y_stride, 1};
   AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(padded.get(), 2, sizes, strides, 0, &view));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(padded.get(), 2, sizes, strides, 0, &view));
   return {Tensor(view), scale};
 }
 
@@ -149,10 +164,12 @@ format::PayloadLayout payload_layout(const char* op, const std::vector<int64_t>&
     Arg{op, "dense_width"}.fail("expected ", format::tile_count(n),
                                 " widths (one for each 128 rows of n), got ", widths.size());
   }
-  const format::SplitDesc split{n, k, k_shards, widths.data()};
-  if (const auto status = format::check_split(split); !status.ok()) {
-    throw std::runtime_error("spense::" + std::string(op) + ": " + status.message());
+  if (k_shards > 1 && k % (format::kGranule * k_shards)) {
+    Arg{op, "k"}.fail("expected a multiple of ", format::kGranule,
+                      " * k_shards = ", format::kGranule * k_shards, ", got ", k);
   }
+  const format::SplitDesc split{n, k, k_shards, widths.data()};
+  throw_unless_ok(op, format::check_split(split));
   return format::PayloadLayout(split);
 }
 
@@ -174,16 +191,10 @@ std::tuple<Tensor, Tensor> pack(const Tensor& values, const Tensor& indices, con
   check_same_device(SPENSE_ARG(op, indices), SPENSE_ARG(op, values));
   check_same_device(SPENSE_ARG(op, dense), SPENSE_ARG(op, values));
 
-  std::mutex guard;
-  format::Status first;
-  parallel_for(0, sizes.tiles, 1, [&](int64_t begin, int64_t end) {
-    const auto status = format::check_payload(layout, data<uint8_t>(values), data<uint8_t>(indices),
-                                              data<uint8_t>(dense), begin, end);
-    const std::lock_guard lock(guard);
-    if (!status.ok() && (first.ok() || status.tile < first.tile)) first = status;
+  for_tiles(op, sizes.tiles, [&](int64_t begin, int64_t end) {
+    return format::check_payload(layout, data<uint8_t>(values), data<uint8_t>(indices),
+                                 data<uint8_t>(dense), begin, end);
   });
-  if (!first.ok()) throw std::runtime_error("spense::pack: " + first.message());
-
   Tensor w_packed = empty_cpu({sizes.packed}, ScalarType::Byte);
   Tensor w_tiles = empty_cpu({sizes.tiles + 1, format::kTileTableColumns}, ScalarType::Int);
   layout.write_tile_table(mutable_data<int32_t>(w_tiles));
@@ -205,17 +216,16 @@ std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& w_packed, const Tensor& 
   check_packed(SPENSE_ARG(op, w_packed), SPENSE_ARG(op, w_tiles), n);
   check_same_device(SPENSE_ARG(op, w_tiles), SPENSE_ARG(op, w_packed));
   check_shape(SPENSE_ARG(op, w_packed), {sizes.packed});
-  const auto table =
-      format::check_tile_table(payload, data<int32_t>(w_tiles), w_packed.numel());
-  if (!table.ok()) Arg{op, "w_tiles"}.fail(table.message());
+  const auto table = format::check_tile_table(payload, data<int32_t>(w_tiles), w_packed.numel());
+  throw_unless_ok(op, table);
 
   Tensor values = empty_cpu({sizes.values}, ScalarType::Byte);
   Tensor indices = empty_cpu({sizes.indices}, ScalarType::Byte);
   Tensor dense = empty_cpu({sizes.dense}, ScalarType::Byte);
   uint8_t* out[] = {mutable_data<uint8_t>(values), mutable_data<uint8_t>(indices),
                     mutable_data<uint8_t>(dense)};
-  parallel_for(0, sizes.tiles, 1, [&](int64_t begin, int64_t end) {
-    format::unpack(payload, data<uint8_t>(w_packed), out[0], out[1], out[2], begin, end);
+  for_tiles(op, sizes.tiles, [&](int64_t begin, int64_t end) {
+    return format::unpack(payload, data<uint8_t>(w_packed), out[0], out[1], out[2], begin, end);
   });
   return {values, indices, dense};
 }

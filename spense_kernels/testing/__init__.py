@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs, references and comparisons shared by tests and benchmarks."""
