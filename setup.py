@@ -48,6 +48,7 @@ class CMakeBuild(build_ext):
         self.call(
             cmake,
             *("-S", ROOT / "csrc", "-B", build, "-G", "Ninja"),
+            *("-U", "SPENSE_ARCHS*", "-U", "SPENSE_NVCC*"),  # the environment may have changed
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_INSTALL_PREFIX={base / 'spense_kernels'}",

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # Which GPU architectures are built, and the flags of each source file.
 #
-#   SPENSE_ARCHS         list such as 90a;100a, empty for a build without CUDA (find_cuda.py decides)
+#   SPENSE_ARCHS         list such as 90a;100a, empty for a build without CUDA. find_cuda.py decides
+#                        from the environment, and the cache keeps it until setup.py asks anew.
 #   spense_cuda_sources  gives files to the kernel library, for the architectures named
 #   spense_instances     makes one source file for each line of an instances.def
 find_package(Python3 REQUIRED COMPONENTS Interpreter)
 
 function(spense_find_cuda question variable)
+  if(DEFINED CACHE{${variable}})
+    return()
+  endif()
   execute_process(
     COMMAND ${Python3_EXECUTABLE} ${SPENSE_ROOT}/cmake/find_cuda.py ${question}
     OUTPUT_VARIABLE answer
@@ -16,21 +20,22 @@ function(spense_find_cuda question variable)
   if(failed)
     message(FATAL_ERROR "spense_kernels: ${reason}")
   endif()
-  set(${variable} "${answer}" PARENT_SCOPE)
-  set(${variable}_REASON "${reason}" PARENT_SCOPE)
+  set(${variable} "${answer}" CACHE STRING "answer of find_cuda.py ${question}" FORCE)
+  set(${variable}_REASON "${reason}" CACHE STRING "why the answer is empty" FORCE)
 endfunction()
 
 spense_find_cuda(--archs SPENSE_ARCHS)
 if(SPENSE_ARCHS)
-  spense_find_cuda(--nvcc SPENSE_NVCC_PATH)
+  spense_find_cuda(--nvcc SPENSE_NVCC)
   # A wrapper script or a link would hide the toolkit's folders from CMake.
   execute_process(
-    COMMAND ${SPENSE_NVCC_PATH} -v --dryrun -x cu -c /dev/null
+    COMMAND ${SPENSE_NVCC} -v --dryrun -x cu -c /dev/null
     ERROR_VARIABLE dryrun OUTPUT_QUIET)
   if(dryrun MATCHES "#\\$ _HERE_=([^\n]+)")
-    set(SPENSE_NVCC_PATH ${CMAKE_MATCH_1}/nvcc)
+    set(CMAKE_CUDA_COMPILER ${CMAKE_MATCH_1}/nvcc)
+  else()
+    set(CMAKE_CUDA_COMPILER ${SPENSE_NVCC})
   endif()
-  set(CMAKE_CUDA_COMPILER ${SPENSE_NVCC_PATH} CACHE FILEPATH "nvcc" FORCE)
   set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER})
   set(CMAKE_CUDA_ARCHITECTURES OFF)
   enable_language(CUDA)

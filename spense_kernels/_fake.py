@@ -9,20 +9,22 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-TILE_ROWS = 128
-PADDED_COLUMNS = 128
-SPARSE_UNIT_COLUMNS = 256
-SPARSE_UNIT_BYTES = 20480
-DENSE_UNIT_BYTES = 16384
-BLOCK_BYTES = 4096
-TILE_TABLE_COLUMNS = 4
-GRANULE = 16
-LAYOUT_VERSION = 1
+from spense_kernels.layout import (
+    BLOCK_BYTES,
+    DENSE_UNIT_BYTES,
+    GRANULE,
+    LAYOUT_VERSION,
+    SPARSE_UNIT_BYTES,
+    TILE_ROWS,
+    TILE_TABLE_COLUMNS,
+    padded_k,
+    row_bytes,
+    tile_count,
+    tile_rows,
+    units_of,
+)
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -52,7 +54,9 @@ class _Arg:
 
     def shape(self, *expected: int) -> None:
         shape = self.value.shape
-        same = len(shape) == len(expected) and all(a == b for a, b in zip(shape, expected, strict=True))
+        same = len(shape) == len(expected) and all(
+            a == b for a, b in zip(shape, expected, strict=True)
+        )
         self.check(same, f"shape {list(expected)}", list(shape))
 
     def contiguous(self) -> None:
@@ -92,7 +96,7 @@ def _check_packed(w_packed: _Arg, w_tiles: _Arg, n: int) -> None:
     size = w_packed.value.shape[0]
     w_packed.check(size % BLOCK_BYTES == 0, f"a multiple of {BLOCK_BYTES} bytes", size)
     w_tiles.dtype(torch.int32)
-    w_tiles.shape(_ceil_div(n, TILE_ROWS) + 1, TILE_TABLE_COLUMNS)
+    w_tiles.shape(tile_count(n) + 1, TILE_TABLE_COLUMNS)
     w_tiles.contiguous()
 
 
@@ -158,8 +162,7 @@ def quantize_fp8(x: Tensor, gather: Tensor | None = None) -> tuple[Tensor, Tenso
         gather_arg.shape(k)
         gather_arg.contiguous()
         gather_arg.same_device(x_arg)
-    padded = _ceil_div(k, PADDED_COLUMNS) * PADDED_COLUMNS
-    x8 = x.new_empty((m, padded), dtype=torch.float8_e4m3fn)[:, :k]
+    x8 = x.new_empty((m, padded_k(k)), dtype=torch.float8_e4m3fn)[:, :k]
     return x8, x.new_empty((m,), dtype=torch.float32)
 
 
@@ -167,28 +170,24 @@ def _sizes(op: str, dense_width: Sequence[int], n: int, k: int, k_shards: int) -
     """(bytes of values, indices, dense, w_packed; tiles) of a split that is checked first."""
     for name, value in (("n", n), ("k", k), ("k_shards", k_shards)):
         _Arg(op, name, value).at_least_one()
-    tiles = _ceil_div(n, TILE_ROWS)
+    tiles = tile_count(n)
     width_arg = _Arg(op, "dense_width")
     one_each = f"{tiles} widths (one for each {TILE_ROWS} rows of n)"
     width_arg.check(len(dense_width) == tiles, one_each, len(dense_width))
     if k_shards > 1 and k % (GRANULE * k_shards):
         _Arg(op, "k").fail(f"a multiple of {GRANULE} * k_shards = {GRANULE * k_shards}", k)
     columns = k // k_shards
-    padded = _ceil_div(k, PADDED_COLUMNS) * PADDED_COLUMNS
-    values = indices = dense = packed = 0
+    sizes = [0, 0, 0]
+    packed = 0
     for tile, width in enumerate(dense_width):
         legal = width in (0, columns) or (0 < width < columns and width % GRANULE == 0)
         expected = f"0, {columns} or a multiple of {GRANULE} below it"
         width_arg.check(legal, expected, f"{width} (tile {tile})")
-        rows = min(TILE_ROWS, n - tile * TILE_ROWS) * k_shards
-        groups = _ceil_div(columns - width, 4)
-        values += rows * 2 * groups
-        indices += rows * _ceil_div(groups, 2)
-        dense += rows * width
-        units = k_shards * (columns - width) // SPARSE_UNIT_COLUMNS
-        dense_units = (padded - units * SPARSE_UNIT_COLUMNS) // PADDED_COLUMNS
-        packed += units * SPARSE_UNIT_BYTES + dense_units * DENSE_UNIT_BYTES
-    return values, indices, dense, packed, tiles
+        rows = tile_rows(n, tile) * k_shards
+        sizes = [a + rows * b for a, b in zip(sizes, row_bytes(columns, width), strict=True)]
+        sparse, dense = units_of(k, k_shards * (columns - width))
+        packed += sparse * SPARSE_UNIT_BYTES + dense * DENSE_UNIT_BYTES
+    return *sizes, packed, tiles
 
 
 def pack(
