@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A weight in the packed form, the tile stream, that `hybrid_gemm` reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spense_kernels import ops
+from spense_kernels.format.hybrid_weight import HybridWeight
+from spense_kernels.format.split import Split
+from spense_kernels.layout import LAYOUT_VERSION
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """Tile stream of a weight [n, k]; all tensors lie on one device.
+
+    Attributes:
+        w_packed: uint8 [Split.packed_bytes].
+        w_tiles: int32 [ceil(n / 128) + 1, 4], the tile table.
+        gather: int32 [k], the order in which x must stand (`Split.gather`).
+        n, k: shape of the weight.
+        layout: version of the tile stream.
+    """
+
+    w_packed: Tensor
+    w_tiles: Tensor
+    gather: Tensor
+    n: int
+    k: int
+    layout: int = LAYOUT_VERSION
+
+    @classmethod
+    def from_hybrid(cls, weight: HybridWeight, device=None) -> PackedWeight:
+        """Packs with the op of the weight's device, then moves the result to `device`."""
+        split = weight.split
+        w_packed, w_tiles = ops.pack(
+            weight.values,
+            weight.indices,
+            weight.dense,
+            split.widths,
+            n=split.n,
+            k=split.k,
+            k_shards=split.k_shards,
+        )
+        device = w_packed.device if device is None else device
+        gather = split.gather().to(device)
+        return cls(w_packed.to(device), w_tiles.to(device), gather, split.n, split.k)
+
+    def unpack(self, split: Split, w_scale: Tensor, bias: Tensor | None = None) -> HybridWeight:
+        """Back to the checkpoint form (canonical encoding); `split` must be the packed weight's.
+
+        Raises RuntimeError when the stream is not one of `split`.
+        """
+        values, indices, dense = ops.unpack(
+            self.w_packed,
+            self.w_tiles,
+            split.widths,
+            n=split.n,
+            k=split.k,
+            k_shards=split.k_shards,
+            layout=self.layout,
+        )
+        return HybridWeight(split, values, indices, dense, w_scale, bias)
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedWeight(n={self.n}, k={self.k}, bytes={self.w_packed.numel()}, "
+            f"layout={self.layout}, device={self.w_packed.device})"
+        )
