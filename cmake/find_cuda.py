@@ -45,7 +45,8 @@ def candidates() -> list[str]:
     places = [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
     for key in ("purelib", "platlib"):
         wheels = Path(sysconfig.get_path(key)) / "nvidia"
-        places += [str(p) for p in sorted(wheels.glob("*/bin/nvcc"), reverse=True)]
+        # From CUDA 13 on they share one folder; before, compiler and headers lay apart.
+        places += [str(p) for p in sorted(wheels.glob("cu[1-9][0-9]/bin/nvcc"), reverse=True)]
     return [p for p in places if p and Path(p).is_file()]
 
 

@@ -103,6 +103,7 @@ def test_python_function_is_the_op(make):
 
 @pytest.mark.parametrize("make", SAMPLES)
 def test_compile_full_graph(make):
+    torch.compiler.reset()  # all samples compile one code object, and recompiling has a limit
     call = make()
     names, others = list(call.tensors()), copy.copy(call.args)
 
@@ -134,7 +135,8 @@ class Layer(torch.nn.Module):
 
 def test_inductor_compiles_a_layer_once_for_all_token_counts():
     layer = Layer(n=200, k=320, dense_width=[64, 0])
-    torch._dynamo.reset()
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for m in (4, 7, 2):
         x = torch.randn(m, 320, dtype=torch.bfloat16)
