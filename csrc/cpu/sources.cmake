@@ -13,3 +13,7 @@ set(SPENSE_CPU_FLAGS -O3 -ffp-contract=off)
 set(SPENSE_CPU_AVX2_FLAGS -mavx2 -mfma -mf16c)
 set(SPENSE_CPU_AVX512_FLAGS -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vbmi2
     -mavx512bf16 -mfma -mf16c)
+if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
+  # GCC 12's own AVX-512 headers trip over these (GCC bug 105593).
+  list(APPEND SPENSE_CPU_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
+endif()

@@ -29,6 +29,7 @@ struct Status {
     kNanDense,         // value: the byte
     kNonzeroPadding,   // a kept value behind the last column of a short group; value: the byte
     kBadPaddedNibble,  // the unused high nibble of an odd group count; value: the nibble
+    kNotTwoOfFour,     // more than two of four columns of a sparse group are set (unpack)
     kBadTileTable,     // w_tiles row `tile`, column `position` = value, want `expected`
     kBadPackedSize,    // bytes of w_packed = value, want `expected`
   };
@@ -90,9 +91,10 @@ Status check_payload(const PayloadLayout& layout, const uint8_t* values, const u
 void pack(const PayloadLayout& layout, const uint8_t* values, const uint8_t* indices,
           const uint8_t* dense, uint8_t* w_packed, int64_t begin, int64_t end);
 
-// Writes the checkpoint form of tiles [begin, end) in the canonical encoding.
-void unpack(const PayloadLayout& layout, const uint8_t* w_packed, uint8_t* values, uint8_t* indices,
-            uint8_t* dense, int64_t begin, int64_t end);
+// Writes the checkpoint form of tiles [begin, end) in the canonical encoding, up to the first tile
+// that no pack() can have written.
+Status unpack(const PayloadLayout& layout, const uint8_t* w_packed, uint8_t* values,
+              uint8_t* indices, uint8_t* dense, int64_t begin, int64_t end);
 
 // Whether `tiles` [tile_count(n) + 1, 4] is a table that kernels can follow without leaving
 // w_packed: offsets and prefixes add up, units cover padded_k(k), the end matches the size.

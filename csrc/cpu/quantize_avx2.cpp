@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loops of quantize_loops.h, built for AVX2.
+#include "cpu/cpu_features.h"
+#include "cpu/quantize_loops.h"
+
+namespace spense::cpu {
+
+const QuantizeConfig kQuantizeAvx2 = {"avx2", has_avx2, quantize_rows<VectorLoops>};
+
+}  // namespace spense::cpu

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// quantize_fp8 on rows; each instruction set brings its own `amax_bits` and `quantize_row`.
+// Everything has internal linkage, because it is compiled once for each instruction set.
+#pragma once
+
+#include <cstring>
+
+#include "core/fp8.h"
+#include "cpu/quantize.h"
+
+namespace spense::cpu {
+namespace {
+
+constexpr uint32_t kInfinityBits = 0x7F800000u;
+
+struct Bytes {
+  explicit Bytes(int64_t count) : data(new uint8_t[count]) {}
+  Bytes(const Bytes&) = delete;
+  ~Bytes() { delete[] data; }
+  uint8_t* data;
+};
+
+// Row holds
+//   amax_bits(x, k, type): bits of the largest magnitude in float32; NaNs and infinities are
+//                          >= kInfinityBits
+//   convert(x, k, type, inverse, y): y[i] = e4m3(x[i] * inverse)
+template <typename Row>
+void quantize_rows(const QuantizeArgs& args, int64_t row_begin, int64_t row_end) {
+  // Rows are quantised in place and gathered as bytes: a gather of bytes costs less.
+  const Bytes bytes(args.gather ? args.k : 0);
+  for (int64_t m = row_begin; m < row_end; ++m) {
+    const char* x = static_cast<const char*>(args.x) + m * args.x_stride * bytes_of(args.in);
+    uint8_t* y = args.y + m * args.y_stride;
+    const uint32_t amax_bits = Row::amax_bits(x, args.k, args.in);
+    std::memset(y + args.k, 0, args.y_stride - args.k);
+    if (amax_bits >= kInfinityBits) {
+      args.scale[m] = __builtin_nanf("");
+      std::memset(y, kE4m3Nan, args.k);
+      continue;
+    }
+    const float amax = std::bit_cast<float>(amax_bits);
+    const float scale = (amax > 1e-12f ? amax : 1e-12f) * (1.0f / 448.0f);
+    args.scale[m] = scale;
+    uint8_t* target = args.gather ? bytes.data : y;
+    Row::convert(x, args.k, args.in, 1.0f / scale, target);
+    if (args.gather) {
+      for (int64_t p = 0; p < args.k; ++p) y[p] = target[args.gather[p]];
+    }
+  }
+}
+
+[[maybe_unused]] bool quantize_always_available() { return true; }
+
+}  // namespace
+}  // namespace spense::cpu

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+// Loops that compilers vectorise for the baseline instruction set.
+#include "cpu/quantize_loops.h"
+
+namespace spense::cpu {
+
+const QuantizeConfig kQuantizePortable = {"portable", quantize_always_available,
+                                          quantize_rows<VectorLoops>};
+
+}  // namespace spense::cpu
