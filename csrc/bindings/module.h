@@ -6,6 +6,7 @@
 
 namespace spense::bindings {
 
+void add_cpu(pybind11::module_& m);
 void add_format(pybind11::module_& m);
 
 }  // namespace spense::bindings
