@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Walk a model layer by layer over calibration tokens; collect Hessians on the way.
+
+One decoder layer is on the compute device at a time; the hidden states between layers wait on the
+CPU (or on the compute device where the model lives there anyway).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spense_kernels.errors import PruneError
+from spense_kernels.prune.groups import Group, GroupProbe, decoder_layers
+from spense_kernels.prune.hessian import accumulate, symmetrize, token_weights
+
+
+class _Stop(Exception):
+    pass
+
+
+def check_calibration(calibration: Tensor) -> None:
+    """Raise PruneError unless calibration is int64 [S >= 1, L >= 2]."""
+    good = isinstance(calibration, Tensor) and calibration.dtype == torch.int64
+    if not good or calibration.dim() != 2 or calibration.shape[0] < 1 or calibration.shape[1] < 2:
+        got = calibration
+        if isinstance(got, Tensor):
+            got = f"{got.dtype} {list(got.shape)}"
+        raise PruneError(f"prune: calibration must be int64 [S >= 1, L >= 2] token ids, got {got}")
+
+
+@contextmanager
+def overridden(layers, make):
+    """Replace forward of every layer by make(index, layer) for a while."""
+    saved = []
+    for index, layer in enumerate(layers):
+        saved.append(layer.__dict__.get("forward"))
+        layer.forward = make(index, layer)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, saved, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def move(value: Any, device) -> Any:
+    """Tensors inside tuples, lists and dicts to a device; everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(move(v, device) for v in value)
+    if isinstance(value, dict):
+        return {key: move(v, device) for key, v in value.items()}
+    return value
+
+
+class LayerWalk:
+    """Calibration tokens on their way through the decoder layers.
+
+    Attributes:
+        prefix: name of the list of layers.
+        layers: the layers.
+        hidden: inputs of the layer that comes next, one tensor [B, L, hidden] a batch.
+    """
+
+    def __init__(self, model: nn.Module, calibration: Tensor, device="cpu", batch: int = 4):
+        check_calibration(calibration)
+        self.prefix, self.layers = decoder_layers(model)
+        self.device = torch.device(device)
+        self.hidden: list[Tensor] = []
+        self._arguments: dict[int, list] = {}
+        self._home = next(self.layers[0].parameters()).device
+        self._tuple_out = False
+        with torch.no_grad():
+            for ids in calibration.split(batch):
+                self._embed(model, ids)
+
+    def _embed(self, model: nn.Module, ids: Tensor) -> None:
+        """Record what every layer is called with; no layer computes anything."""
+        calls: list = []
+        vocabulary = model.get_input_embeddings()
+
+        def make(index, layer):
+            def record(*args, **kwargs):
+                hidden = args[0] if args else kwargs.pop("hidden_states")
+                if index == 0:
+                    self.hidden.append(hidden.to(self._home))
+                calls.append((args[1:], kwargs))
+                if index == len(self.layers) - 1:
+                    raise _Stop
+                return hidden
+
+            return record
+
+        top = int(ids.max())
+        if top >= vocabulary.weight.shape[0] or int(ids.min()) < 0:
+            raise PruneError(
+                f"prune: calibration holds token {top}, the model has {vocabulary.weight.shape[0]}"
+            )
+        with overridden(self.layers, make), suppress(_Stop):
+            model(input_ids=ids.to(vocabulary.weight.device), use_cache=False)
+        self._arguments.setdefault(ids.shape[0], calls)
+
+    def name(self, index: int) -> str:
+        return f"{self.prefix}.{index}."
+
+    @contextmanager
+    def on_device(self, index: int) -> Iterator[nn.Module]:
+        """The layer on the compute device, back home afterwards."""
+        layer = self.layers[index]
+        layer.to(self.device)
+        try:
+            yield layer
+        finally:
+            layer.to(self._home)
+
+    def call(self, index: int, hidden: Tensor) -> Tensor:
+        """Forward of one batch; hidden [B, L, hidden] on the compute device."""
+        args, kwargs = self._arguments[hidden.shape[0]][index]
+        args, kwargs = move(args, self.device), move(kwargs, self.device)
+        out = self.layers[index](hidden, *args, **kwargs)
+        self._tuple_out = not isinstance(out, Tensor)
+        return out[0] if self._tuple_out else out
+
+    def as_output(self, hidden: Tensor):
+        """`hidden` in the form that layers of this model return."""
+        return (hidden,) if self._tuple_out else hidden
+
+    @torch.no_grad()
+    def forward(self, index: int, keep: bool = True) -> None:
+        """Run the layer over all batches; its outputs become the next inputs when `keep`."""
+        for i, hidden in enumerate(self.hidden):
+            out = self.call(index, hidden.to(self.device))
+            if keep:
+                self.hidden[i] = out.to(self._home)
+
+    @torch.no_grad()
+    def find_groups(self, index: int, skip: tuple[str, ...] = ()) -> list[Group]:
+        """Groups of projections of this layer, by a forward pass of one batch."""
+        with GroupProbe(self.layers[index], skip, self.name(index)) as probe:
+            self.call(index, self.hidden[0].to(self.device))
+        return probe.groups()
+
+    def hessians(
+        self, index: int, groups: list[Group], weighting: str = "norm", keep: bool = True
+    ) -> dict[str, Tensor]:
+        """Forward pass that accumulates H float32 [K, K] of every group, by the group's name.
+
+        Args:
+            weighting: "norm" weights tokens by 1 / mean(y^2) where a norm follows.
+            keep: whether the outputs become the next layer's inputs.
+
+        Raises PruneError naming the projection whose input has NaN or Inf.
+        """
+        layer = self.layers[index]
+        sums, handles = {}, []
+        for group in groups:
+            sums[group.name] = torch.zeros(group.k, group.k, device=self.device)
+            hook = _accumulating(sums[group.name], weighting == "norm" and group.norm_follows)
+            handles.append(layer.get_submodule(group.name).register_forward_hook(hook))
+        try:
+            self.forward(index, keep)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, hessian in sums.items():
+            symmetrize(hessian)
+            if not bool(torch.isfinite(hessian.diagonal()).all()):
+                raise PruneError(
+                    f"prune: the calibration input of {self.name(index)}{name} has NaN or Inf"
+                )
+        return sums
+
+
+def _accumulating(hessian: Tensor, weighted: bool):
+    def hook(module, args, output):
+        x = args[0].reshape(-1, args[0].shape[-1])
+        weight = token_weights(output).reshape(-1) if weighted else None
+        accumulate(hessian, x, weight)
+
+    return hook

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the pruner, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+from spense_kernels.errors import PruneError
+
+_CHOICES = {
+    "method": ("obs", "wanda", "magnitude"),
+    "strategy": ("uniform", "staircase"),
+    "score": ("wanda", "activation", "obs", "magnitude", "random"),
+    "permutation": ("search", "snake", "none"),
+    "mask": ("pair", "diagonal"),
+    "dense_order": ("last", "first"),
+    "token_weighting": ("norm", "none"),
+    "calibration": ("static", "sequential"),
+    "budget": ("model", "matrix"),
+}
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How to prune. Defaults carry their evidence in docs/pruning.md.
+
+    Attributes:
+        dense_fraction: share of the weights that stays dense, 0..1. 1 is plain FP8 quantisation.
+        method: "obs" compensates second order; "wanda" and "magnitude" only mask (baselines).
+        strategy: "uniform" keeps the same columns dense in every row of a matrix; "staircase"
+            chooses one dense width per 128-row tile from `widths`.
+        score: what ranks columns: "wanda" = H_jj sum_i W_ij^2, "activation" = H_jj,
+            "obs" = sum_i W_ij^2 / [H^-1]_jj, "magnitude" = sum_i W_ij^2, "random".
+        permutation: order of the 2:4 columns: "search" = snake, then local search over groups.
+        search_rounds: rounds of that search; each tries one partner for every group.
+        search_rows: rows that the search looks at (a random sample when the matrix has more).
+        mask: "pair" drops the exactly best pair of each group of four, "diagonal" ignores the
+            coupling of the two (SparseGPT).
+        refit_steps: conjugate-gradient steps on the kept weights after the sweep; 0 for none.
+        damping: added to diag(H), relative to its mean.
+        dense_order: "last" lets the error of the 2:4 part flow into the dense columns.
+        token_weighting: "norm" weights tokens by 1 / mean(y^2) where y goes straight into an
+            RMSNorm, "none" counts every token alike.
+        calibration: "static" takes activations of the dense model, "sequential" those of the
+            model pruned so far.
+        fp8: round to FP8 per output channel; False leaves nn.Linear with float weights.
+        fp8_feedback: spread the rounding error over the columns that follow.
+        k_shards: equal K shards, for tensor parallelism, of the projections that `shard_modules`
+            names; one whose K is no multiple of 16 * k_shards keeps 1.
+        shard_modules: ends of the names of row-parallel projections.
+        widths: shares of a shard that a staircase may keep dense in a tile.
+        budget: "model" spends the staircase's dense weights over all layers at once, "matrix"
+            gives every group of projections the same share.
+        sort_rows: staircase only: sort the rows of gate and up alike by sensitivity.
+        sensitivity_sequences: calibration sequences for the output sensitivity (staircase).
+        sensitivity_stride: the loss for it takes every so many positions.
+        modules: extra nn.Linear names to prune beside those of the decoder layers (lm_head).
+        skip: parts of names of nn.Linear to leave as they are.
+        seed: for random samples of rows and group pairings.
+    """
+
+    dense_fraction: float = 0.25
+    method: str = "obs"
+    strategy: str = "uniform"
+    score: str = "wanda"
+    permutation: str = "search"
+    search_rounds: int = 100
+    search_rows: int = 256
+    mask: str = "pair"
+    refit_steps: int = 30
+    damping: float = 0.01
+    dense_order: str = "last"
+    token_weighting: str = "norm"
+    calibration: str = "static"
+    fp8: bool = True
+    fp8_feedback: bool = True
+    k_shards: int = 1
+    shard_modules: tuple[str, ...] = ("o_proj", "down_proj", "out_proj", "fc2")
+    widths: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)
+    budget: str = "model"
+    sort_rows: bool = True
+    sensitivity_sequences: int = 16
+    sensitivity_stride: int = 4
+    modules: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise PruneError(f"PruneConfig: {name} must be one of {allowed}, got {value!r}")
+        if not 0.0 <= self.dense_fraction <= 1.0:
+            raise PruneError(
+                f"PruneConfig: dense_fraction must be in 0..1, got {self.dense_fraction}"
+            )
+        for name, low in (("search_rounds", 0), ("search_rows", 1), ("refit_steps", 0)):
+            self._integer(name, low)
+        self._integer("k_shards", 1)
+        self._integer("sensitivity_sequences", 1)
+        self._integer("sensitivity_stride", 1)
+        if not self.damping > 0:
+            raise PruneError(f"PruneConfig: damping must be above 0, got {self.damping}")
+        for name in ("widths", "modules", "skip", "shard_modules"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.widths or any(not 0.0 <= w <= 1.0 for w in self.widths):
+            raise PruneError(f"PruneConfig: widths must be shares in 0..1, got {self.widths}")
+        if self.strategy == "staircase" and self.method != "obs":
+            raise PruneError("PruneConfig: strategy 'staircase' needs method 'obs'")
+        if self.strategy == "staircase" and (self.widths[0] != 0.0 or self.widths[-1] != 1.0):
+            object.__setattr__(self, "widths", tuple(sorted({0.0, 1.0, *self.widths})))
+
+    def _integer(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise PruneError(f"PruneConfig: {name} must be an int >= {low}, got {value!r}")
+
+    @classmethod
+    def sparsegpt(cls, **overrides) -> PruneConfig:
+        """Plain one-shot SparseGPT 2:4 without FP8: R = 0 of every quality figure."""
+        plain = {"dense_fraction": 0.0, "permutation": "none", "mask": "diagonal", "refit_steps": 0}
+        return cls(**{**plain, "token_weighting": "none", "fp8": False, **overrides})
+
+    def replace(self, **changes) -> PruneConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def fingerprint(self) -> str:
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()

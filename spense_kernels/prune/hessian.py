@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Second moments of a layer's inputs, and the factor that the sweep needs.
+
+H = sum_t w_t x_t x_t^T in float32. Leading batch dimensions are allowed everywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spense_kernels.errors import PruneError
+
+_BLOCK = 512  # columns of a block of H: only blocks on or above the diagonal are multiplied
+
+
+def accumulate(hessian: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
+    """Add sum_t w_t x_t x_t^T to the upper block triangle of `hessian`, in place.
+
+    Args:
+        hessian: float32 [K, K]; call `symmetrize` once after the last token.
+        x: [T, K], any floating dtype; multiplied in float32.
+        weight: float32 [T] token weights, or None for 1.
+    """
+    x = x.float()
+    weighted = x if weight is None else x * weight[:, None]
+    k = x.shape[1]
+    for a in range(0, k, _BLOCK):
+        b = min(a + _BLOCK, k)
+        hessian[a:b, a:].addmm_(weighted[:, a:b].T, x[:, a:])
+
+
+def symmetrize(hessian: Tensor) -> Tensor:
+    """Copy the upper triangle below the diagonal, in place."""
+    k = hessian.shape[-1]
+    for a in range(0, k, _BLOCK):
+        b = min(a + _BLOCK, k)
+        block = hessian[a:b, a:b].triu()
+        hessian[a:b, a:b] = block + block.triu(1).T
+        hessian[b:, a:b] = hessian[a:b, b:].T
+    return hessian
+
+
+def token_weights(y: Tensor) -> Tensor:
+    """float32 [T]: 1 / mean(y_t^2), what a following RMSNorm does to a token's error.
+
+    Rows of zeros get weight 0: the norm amplifies them without bound, and they carry nothing.
+    """
+    energy = y.float().square().mean(dim=-1)
+    return torch.where(energy > 0, 1.0 / energy.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+
+
+def dead_inputs(hessian: Tensor) -> Tensor:
+    """bool [..., K]: inputs that were zero in every calibration token."""
+    return hessian.diagonal(dim1=-2, dim2=-1) <= 0
+
+
+def damp(hessian: Tensor, damping: float) -> Tensor:
+    """H with 1 at dead inputs and damping * mean(diag H) added to the diagonal (a copy).
+
+    The mean is over live inputs.
+    """
+    out = hessian.clone()
+    diagonal = out.diagonal(dim1=-2, dim2=-1)
+    dead = dead_inputs(hessian)
+    live = (~dead).sum(dim=-1).clamp_min(1)
+    mean = (diagonal.clamp_min(0).sum(dim=-1) / live)[..., None]
+    diagonal.copy_(torch.where(dead, torch.where(mean > 0, mean, 1.0), diagonal + damping * mean))
+    return out
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper triangular U with H^-1 = U^T U, for damped H [..., K, K].
+
+    With J the reversal of rows: J H J = L L^T gives U = J L^-1 J, so that row j of U describes how
+    an error at column j spreads to the columns after it.
+
+    Raises torch.linalg.LinAlgError when H is not positive definite in float32.
+    """
+    flipped = hessian.flip(-1, -2)
+    lower = torch.linalg.cholesky(flipped)
+    eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    return inverse.flip(-1, -2)
+
+
+def damped_factor(
+    hessian: Tensor, damping: float, where: str = "matrix", attempts: int = 5
+) -> tuple[Tensor, Tensor, float]:
+    """Damped H, its inverse factor and the damping that made it positive definite.
+
+    The damping is raised tenfold, up to `attempts` times, when the factorisation fails; the
+    caller records it. Raises PruneError naming `where` when that does not help either.
+    """
+    for _ in range(attempts):
+        damped = damp(hessian, damping)
+        try:
+            factor = inverse_factor(damped)
+            if torch.isfinite(factor).all():
+                return damped, factor, damping
+        except torch.linalg.LinAlgError:
+            pass
+        damping *= 10.0
+    raise PruneError(f"prune: {where}: H stays singular with damping {damping / 10.0:g}")
+
+
+def permuted(hessian: Tensor, order: Tensor) -> Tensor:
+    """H with rows and columns in `order` (int [K])."""
+    return hessian.index_select(-2, order).index_select(-1, order)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Order of the K columns: dense ones last, and groups of four that lose little to 2:4."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+_PAIR = list(combinations(range(8), 2))
+_PAIR_INDEX = {pair: i for i, pair in enumerate(_PAIR)}
+# The 35 ways to cut eight columns into two groups of four; the first leaves things as they are.
+_SPLITS = [(0, *rest) for rest in combinations(range(1, 8), 3)]
+_QUADS = [
+    (quad, tuple(c for c in range(8) if c not in quad)) for quad in _SPLITS
+]  # fmt: skip
+
+
+def snake(columns: Tensor) -> Tensor:
+    """Deal columns, given from the most to the least important, into groups of four.
+
+    The list is cut in four equal runs; group m takes the m-th of the first and third run and the
+    m-th from the end of the second and fourth, so that every group mixes strong and weak columns.
+    A remainder of up to three columns stays at the end.
+    """
+    quarter = columns.shape[0] // 4
+    runs = columns[: 4 * quarter].view(4, quarter)
+    dealt = torch.stack([runs[0], runs[1].flip(0), runs[2], runs[3].flip(0)], dim=1)
+    return torch.cat([dealt.reshape(-1), columns[4 * quarter :]])
+
+
+def retained(saliency: Tensor) -> Tensor:
+    """Sum of the two largest saliencies of every group of four: [..., K] -> scalar (float64).
+
+    The columns of a short last group are left out.
+    """
+    k = saliency.shape[-1] // 4 * 4
+    return saliency[..., :k].unflatten(-1, (-1, 4)).topk(2, dim=-1).values.double().sum()
+
+
+def search(
+    saliency: Tensor, segments: list[tuple[int, int]], rounds: int, generator: torch.Generator
+) -> Tensor:
+    """Local search for groups that retain more saliency.
+
+    Every round pairs the groups of each segment at random, all pairs at once; each pair takes the
+    best of the 35 ways to divide its eight columns (its present one when none is better).
+
+    Args:
+        saliency: float32 [N, K], columns in their present order, zero where a row is dense.
+        segments: (first, last) column ranges that groups may not leave; each starts on a group.
+        rounds: how many.
+        generator: CPU generator.
+
+    Returns int64 [K]: the new order as indices into the present one.
+    """
+    columns = saliency.T.contiguous()
+    order = torch.arange(columns.shape[0], device=saliency.device)
+    groups, spans = _groups(segments)
+    if not spans:
+        return order
+    groups = groups.to(saliency.device)
+    best_of = torch.tensor([[*a, *b] for a, b in _QUADS], device=saliency.device)
+    for _ in range(rounds):
+        pairs = _random_pairs(spans, generator).to(saliency.device)
+        eight = groups[pairs].flatten(1)
+        best = split_values(columns, eight).argmax(dim=0)
+        eight = eight.gather(1, best_of[best])
+        groups[pairs] = eight.view(-1, 2, 4)
+    order[_groups(segments)[0].flatten().to(order.device)] = groups.flatten()
+    return order
+
+
+def split_values(columns: Tensor, eight: Tensor) -> Tensor:
+    """Retained saliency of the 35 splits of every eight columns.
+
+    Args:
+        columns: float32 [K, N].
+        eight: int64 [P, 8] column numbers.
+
+    Returns float32 [35, P].
+    """
+    rows = columns.shape[1]
+    data = columns[eight.T]  # [8, P, N]
+    larger = [torch.maximum(data[i], data[j]) for i, j in _PAIR]
+    total = [data[i] + data[j] for i, j in _PAIR]
+    ones = torch.ones(rows, device=columns.device)
+    out = torch.empty(len(_QUADS), eight.shape[0], device=columns.device)
+    buffer = torch.empty_like(data[0])
+    other = torch.empty_like(buffer)
+    for s, quads in enumerate(_QUADS):
+        value = 0.0
+        for a, b, c, d in quads:
+            # The two largest of four lie across the pairs (the larger of each) or in one of them.
+            ab, cd = _PAIR_INDEX[a, b], _PAIR_INDEX[c, d]
+            torch.add(larger[ab], larger[cd], out=buffer)
+            torch.maximum(total[ab], total[cd], out=other)
+            value = value + torch.mv(torch.maximum(buffer, other, out=buffer), ones)
+        out[s] = value
+    return out
+
+
+def _groups(segments) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Columns of all groups [G, 4], and the ranges of groups that may exchange columns."""
+    parts, spans, count = [], [], 0
+    for first, last in segments:
+        size = (last - first) // 4
+        parts.append(torch.arange(first, first + 4 * size).view(size, 4))
+        if size >= 2:
+            spans.append((count, count + size))
+        count += size
+    return torch.cat(parts) if parts else torch.empty(0, 4, dtype=torch.int64), spans
+
+
+def _random_pairs(spans, generator: torch.Generator) -> Tensor:
+    pairs = []
+    for first, last in spans:
+        shuffled = torch.randperm(last - first, generator=generator) + first
+        pairs.append(shuffled[: (last - first) // 2 * 2].view(-1, 2))
+    return torch.cat(pairs)
