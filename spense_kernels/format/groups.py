@@ -95,3 +95,21 @@ def illegal_indices(indices: Tensor) -> Tensor:
     low = (indices & 3) < ((indices >> 2) & 3)
     high = ((indices >> 4) & 3) < (indices >> 6)
     return ~(low & high)
+
+
+def keep_largest_two(scores: Tensor) -> Tensor:
+    """2:4 mask of rows: the two largest scores of every 4 consecutive columns.
+
+    Args:
+        scores: floating point [rows, S]; a short last group keeps two (or all) of its columns.
+
+    Returns:
+        bool [rows, S]; among equal scores the choice is torch.topk's.
+    """
+    rows, columns = scores.shape
+    groups = groups_of(columns)
+    padded = F.pad(scores, (0, groups * GROUP - columns), value=-torch.inf)
+    best = padded.view(rows, groups, GROUP).topk(2, dim=-1).indices
+    mask = torch.zeros(rows, groups, GROUP, dtype=torch.bool, device=scores.device)
+    mask.scatter_(-1, best, True)
+    return mask.view(rows, -1)[:, :columns]

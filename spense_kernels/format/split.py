@@ -102,17 +102,18 @@ class Split:
     def from_fraction(cls, n: int, k: int, d: float, k_perm=None, k_shards: int = 1) -> Split:
         """`uniform` with the dense fraction d in [0, 1], rounded to the granule.
 
-        The dense columns of a shard are d * k / k_shards rounded to the nearest multiple of 16
-        (halves go up); a result that reaches the shard's width makes the whole shard dense.
-        `dense_fraction` of the result tells what was reached.
+        The dense columns of a shard are the legal width nearest to d * k / k_shards (halves go
+        up): a multiple of 16, or the whole shard. `dense_fraction` tells what was reached.
         """
         if not 0.0 <= d <= 1.0:
             raise FormatError(f"Split.from_fraction: d must be in 0..1, got {d}")
         _check_size("k", k)
         _check_shards(k, k_shards)
         shard_columns = k // k_shards
-        width = int(d * shard_columns / GRANULE + 0.5) * GRANULE
-        width = shard_columns if d == 1.0 else min(width, shard_columns)
+        target = d * shard_columns
+        below = int(target) // GRANULE * GRANULE
+        above = min(below + GRANULE, shard_columns)
+        width = above if target - below >= above - target else below
         return cls.uniform(n, k, width * k_shards, k_perm, k_shards)
 
     @property
