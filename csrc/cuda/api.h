@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// What libspense_cuda shows to its callers. They see no CUDA header: a stream is a cudaStream_t
+// passed as void*, and the device is the current one. Failures throw std::runtime_error.
+#pragma once
+
+#include <cstdint>
+
+#include "core/types.h"
+
+#define SPENSE_API __attribute__((visibility("default")))
+
+namespace spense::cuda {
+
+using Stream = void*;
+
+// Compute capability of the current device, 90 for 9.0, and its number of multiprocessors.
+struct DeviceInfo {
+  int arch = 0, multiprocessors = 0;
+};
+SPENSE_API DeviceInfo device_info();
+
+// Whether the stream is being captured into a graph, and which capture that is.
+struct CaptureInfo {
+  bool active = false;
+  uint64_t id = 0;
+};
+SPENSE_API CaptureInfo capture_info(Stream stream);
+
+SPENSE_API void fill_zero(void* memory, int64_t bytes, Stream stream);
+
+}  // namespace spense::cuda

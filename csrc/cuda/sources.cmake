@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+# libspense_cuda. Host files compile once; kernels for the architectures named.
+set(SPENSE_CUDA_HOST_SOURCES cuda/api.cpp)
+spense_cuda_sources(ARCHS 90a 100a SOURCES cuda/quantize.cu cuda/pack.cu)

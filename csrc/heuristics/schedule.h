@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0
+// Who computes what: output tiles and ranges of K, dealt out to clusters of CTAs. Host and device
+// share this file, so that tests on the host see what the kernel does.
+//
+// A group is the `cluster` row tiles that the CTAs of a cluster work on side by side. K goes in
+// steps of 256 columns (one sparse unit or up to two dense ones), which all tiles of a group share.
+// Work is counted in 4096-byte blocks of the tile stream: a sparse unit 5, a dense unit 4.
+//
+//   tiles [0, whole)     dealt round robin, each computed by one cluster, after its stream part
+//   tiles [whole, all)   stream-K: laid end to end and cut into equal numbers of blocks, one piece
+//                        a cluster; a cut is moved to the next step, or to the tile's edge when
+//                        that is at most `snap` blocks away
+//
+// Tiles are numbered row group by row group inside a band of `band` token tiles.
+// Every piece is at least one step long (heuristics::legal), so the clusters `first`..`last` of a
+// tile that was cut are consecutive and each holds one segment of it.
+#pragma once
+
+#include <cstdint>
+
+#include "format/tile_stream.h"
+
+namespace spense::heuristics {
+
+inline constexpr int kStepColumns = format::kSparseUnitColumns;
+inline constexpr int kSparseBlocks = format::kSparseUnitBytes / format::kBlockBytes;
+inline constexpr int kDenseBlocks = format::kDenseUnitBytes / format::kBlockBytes;
+inline constexpr int kMaxStepBlocks = 2 * kDenseBlocks;
+static_assert(kSparseBlocks == 5 && kDenseBlocks == 4);
+
+// Plain numbers; a kernel gets them as an argument.
+struct ScheduleParams {
+  int32_t row_tiles = 0;
+  int32_t token_tiles = 0;
+  int32_t k_blocks = 0;  // of 128 columns, the last may be padding in part
+  int32_t stream_blocks = 0;  // of all row tiles once
+  int32_t band = 1;
+  int32_t clusters = 1;
+  int32_t whole = 0;
+  int32_t snap = 0;
+};
+
+SPENSE_HD constexpr int32_t steps_of(int32_t k_blocks) { return (k_blocks + 1) / 2; }
+
+// Blocks of the first `step` steps of a tile.
+SPENSE_HD constexpr int32_t blocks_of_steps(int32_t step, int32_t sparse_units, int32_t k_blocks) {
+  if (step <= sparse_units) return kSparseBlocks * step;
+  const int32_t columns_end = 2 * step < k_blocks ? 2 * step : k_blocks;
+  return kSparseBlocks * sparse_units + kDenseBlocks * (columns_end - 2 * sparse_units);
+}
+
+// A range of steps of one output tile.
+struct Segment {
+  int32_t group = 0, token_tile = 0;
+  int32_t step_begin = 0, step_end = 0;
+  int32_t first = 0, last = 0;  // clusters that hold segments of this tile
+
+  SPENSE_HD bool partial() const { return first != last; }
+};
+
+// Where the partial sums of a segment go: each cluster has two places.
+SPENSE_HD constexpr int32_t partial_slot(int32_t cluster, bool holds_step_zero) {
+  return 2 * cluster + (holds_step_zero ? 1 : 0);
+}
+
+// Table gives the tile table: blocks_before(row_tile), sparse_units(row_tile), and
+// find(groups, width, target): the last group g with width * blocks_before(kCluster * g) <= target.
+template <typename Table, int kCluster>
+class Schedule {
+ public:
+  SPENSE_HD Schedule(const ScheduleParams& params, const Table& table, int32_t cluster)
+      : p_(params), table_(table), cluster_(cluster), steps_(steps_of(params.k_blocks)) {
+    groups_ = (p_.row_tiles + kCluster - 1) / kCluster;
+    whole_next_ = cluster;
+    stream_total_ = static_cast<int64_t>(p_.token_tiles) * p_.stream_blocks;
+    if (p_.whole < groups_ * p_.token_tiles) start_stream();
+  }
+
+  // The next segment of this cluster, or false. The stream part comes first, so that its sums are
+  // put together while other work goes on.
+  SPENSE_HD bool next(Segment& out) {
+    while (in_stream_) {
+      const int32_t begin = step_, end = cut(stream_end_ - position_);
+      if (begin < end) {
+        out = Segment{group_, token_, begin, end, cluster_, cluster_};
+        if (begin > 0 || end < steps_) find_contributors(out);
+      }
+      if (end < steps_) {
+        in_stream_ = false;
+      } else {
+        advance();
+      }
+      if (begin < end) return true;
+    }
+    if (whole_next_ >= p_.whole) return false;
+    place(whole_next_);
+    whole_next_ += p_.clusters;
+    out = Segment{group_, token_, 0, steps_, cluster_, cluster_};
+    return true;
+  }
+
+ private:
+  // --- tiles ---
+  SPENSE_HD int32_t min(int32_t a, int32_t b) const { return a < b ? a : b; }
+  SPENSE_HD int32_t band_width(int32_t band_start) const {
+    return min(p_.band, p_.token_tiles - band_start);
+  }
+  SPENSE_HD int32_t group_begin(int32_t group) const {
+    return table_.blocks_before(min(group * kCluster, p_.row_tiles));
+  }
+  SPENSE_HD int32_t group_blocks(int32_t group) const {
+    return group_begin(group + 1) - group_begin(group);
+  }
+  SPENSE_HD void place(int32_t tile) {
+    const int32_t band = tile / (groups_ * p_.band);
+    band_start_ = band * p_.band;
+    const int32_t inside = tile - band * groups_ * p_.band, width = band_width(band_start_);
+    group_ = inside / width;
+    token_ = band_start_ + inside % width;
+  }
+
+  // --- the stream part ---
+  SPENSE_HD int64_t blocks_before_tile(int32_t tile) {
+    if (tile == 0) return 0;
+    place(tile);
+    return static_cast<int64_t>(band_start_) * p_.stream_blocks +
+           static_cast<int64_t>(band_width(band_start_)) * group_begin(group_) +
+           static_cast<int64_t>(token_ - band_start_) * group_blocks(group_);
+  }
+  SPENSE_HD int64_t raw_cut(int32_t cluster) const {
+    return stream_begin_ + (stream_total_ - stream_begin_) * cluster / p_.clusters;
+  }
+  SPENSE_HD void start_stream() {
+    stream_begin_ = blocks_before_tile(p_.whole);
+    stream_end_ = raw_cut(cluster_ + 1);
+    const int64_t begin = raw_cut(cluster_);
+    in_stream_ = true;
+    const int64_t band_blocks = static_cast<int64_t>(p_.band) * p_.stream_blocks;
+    const int32_t band = static_cast<int32_t>(begin / band_blocks);
+    band_start_ = band * p_.band;
+    const int32_t width = band_width(band_start_);
+    const int64_t inside = begin - band * band_blocks;
+    group_ = table_.find(groups_, width, inside);
+    blocks_ = group_blocks(group_);
+    const int64_t behind = inside - static_cast<int64_t>(width) * group_begin(group_);
+    const int32_t column = static_cast<int32_t>(behind / blocks_);
+    token_ = band_start_ + column;
+    position_ = begin - (behind - static_cast<int64_t>(column) * blocks_);
+    step_ = cut(begin - position_);
+    if (step_ == steps_) advance();
+  }
+  SPENSE_HD void advance() {
+    position_ += blocks_;
+    step_ = 0;
+    if (position_ >= stream_end_) {
+      in_stream_ = false;
+      return;
+    }
+    if (++token_ == band_start_ + band_width(band_start_)) {
+      token_ = band_start_;
+      if (++group_ == groups_) {
+        group_ = 0;
+        band_start_ += p_.band;
+        token_ = band_start_;
+      }
+      blocks_ = group_blocks(group_);
+    }
+  }
+  SPENSE_HD int32_t blocks_until(int32_t step) const {
+    int32_t sum = 0;
+    for (int r = 0; r < kCluster; ++r) {
+      const int32_t tile = group_ * kCluster + r;
+      if (tile < p_.row_tiles) sum += blocks_of_steps(step, table_.sparse_units(tile), p_.k_blocks);
+    }
+    return sum;
+  }
+  // The step at which a cut `offset` blocks behind the start of the current tile falls.
+  SPENSE_HD int32_t cut(int64_t offset) const {
+    if (offset <= p_.snap) return 0;
+    if (offset >= blocks_ - p_.snap) return steps_;
+    int32_t low = 0, high = steps_;  // blocks_until(low) < offset <= blocks_until(high)
+    while (high - low > 1) {
+      const int32_t middle = (low + high) / 2;
+      if (blocks_until(middle) < offset) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return high;
+  }
+  // The last cluster whose raw cut is at most `position`.
+  SPENSE_HD int32_t owner(int64_t position) const {
+    const int64_t length = stream_total_ - stream_begin_;
+    const int64_t reach = (position - stream_begin_ + 1) * p_.clusters;
+    const int64_t cluster = (reach + length - 1) / length - 1;
+    return static_cast<int32_t>(cluster < p_.clusters - 1 ? cluster : p_.clusters - 1);
+  }
+  SPENSE_HD void find_contributors(Segment& out) const {
+    // Cuts up to `snap` blocks into the tile fall on step 0; these on a step before the end:
+    const int32_t inner = min(blocks_ - p_.snap - 1, blocks_until(steps_ - 1));
+    out.first = owner(position_ + p_.snap);
+    out.last = owner(position_ + (inner > p_.snap ? inner : p_.snap));
+  }
+
+  ScheduleParams p_;
+  Table table_;
+  int32_t cluster_, steps_, groups_;
+  int32_t whole_next_;
+  bool in_stream_ = false;
+  int64_t stream_total_, stream_begin_ = 0, stream_end_ = 0;
+  int64_t position_ = 0;                          // blocks before the current tile
+  int32_t band_start_ = 0, group_ = 0, token_ = 0;  // of the current tile
+  int32_t blocks_ = 0, step_ = 0;                 // its blocks, the first step to do
+};
+
+}  // namespace spense::heuristics

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+// The hybrid GEMM of SM90.
+//
+//   y[m, n] = (sum_k x[m, k] * w[n, k]) * x_scale[m] * w_scale[n] + bias[n]
+//
+// x is e4m3 in gather order, w a tile stream: wgmma.sp over a tile's sparse units, then wgmma over
+// its dense ones, into the same sums. Weight rows are the M of the instruction, tokens its N.
+//
+// Persistent CTAs, one a multiprocessor; with residency 2 the next kernel's fit beside them:
+//   warps 0-3, 4-7   consumers, 64 weight rows each: multiply, combine, scale, store
+//   warp 8           weights: walks the heuristics::Schedule, tells the others (JobRing), and copies
+//                    units, which starts before the kernel ahead has finished
+//   warp 9           activations: tensor copies, shared by the CTAs of the cluster
+#pragma once
+
+#include "device/launch.h"
+#include "sm90/epilogue.cuh"
+#include "sm90/mainloop.cuh"
+
+namespace spense::sm90 {
+
+template <class T>
+__device__ void init_barriers(uint32_t smem) {
+  for (int i = 0; i < T::kWStages; ++i) {
+    ptx::barrier_init(smem + T::kWFull + 8 * i, heuristics::w_full_arrivals());
+    ptx::barrier_init(smem + T::kWEmpty + 8 * i, heuristics::w_empty_arrivals());
+  }
+  for (int i = 0; i < T::kXStages; ++i) {
+    ptx::barrier_init(smem + T::kXFull + 8 * i, heuristics::x_full_arrivals());
+    ptx::barrier_init(smem + T::kXEmpty + 8 * i, heuristics::x_empty_arrivals(T::kConfig));
+  }
+  for (int i = 0; i < T::kJobStages; ++i) {
+    ptx::barrier_init(smem + T::kJobFull + 8 * i, heuristics::job_full_arrivals());
+    ptx::barrier_init(smem + T::kJobEmpty + 8 * i, heuristics::job_empty_arrivals());
+  }
+  ptx::barrier_init_fence();
+}
+
+template <class T>
+__device__ __forceinline__ void sync_cluster() {
+  if constexpr (T::kCluster > 1) {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  } else {
+    __syncthreads();
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void load_weights(const Params& p, uint32_t smem, JobRing<T>& jobs,
+                                             int cluster, int rank) {
+  const DeviceTable table{p.tiles, p.schedule.row_tiles, p.schedule.stream_blocks, T::kCluster};
+  heuristics::Schedule<DeviceTable, T::kCluster> schedule(p.schedule, table, cluster);
+  heuristics::Segment segment;
+  WeightLoader<T> loader(p, smem);
+  while (schedule.next(segment)) loader.load(segment.group * T::kCluster + rank, segment, jobs);
+  jobs.put(Job{-1});
+}
+
+template <class T>
+__device__ __forceinline__ void load_activations(const Params& p, uint32_t smem, JobRing<T>& jobs,
+                                                 int rank) {
+  ptx::grid_dependency_wait();
+  ActivationLoader<T> loader(p, smem, rank);
+  while (true) {
+    jobs.wait();
+    const Job job = jobs.read();
+    jobs.done();
+    if (job.row_tile < 0) break;
+    loader.load(job);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<T>& jobs,
+                                        int cluster, int rank) {
+  ptx::grid_dependency_wait();  // before anything is read that the kernel ahead wrote
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warpgroup = warp / 4;
+  Multiplier<T> multiplier(smem, warpgroup);
+  float sums[T::kSums];
+  while (true) {
+    jobs.wait();
+    const Job units = jobs.read();
+    if (units.row_tile < 0) break;
+    multiplier.run(sums, units.sparse, units.dense);
+    const Job job = jobs.read();  // again, so that it takes no registers meanwhile
+    jobs.done();
+    const bool finished =
+        job.first == job.last ||
+        combine<T>(p, job, cluster, rank, warpgroup, smem + T::kTickets + 4 * warpgroup, sums);
+    if (!finished) continue;
+    const int row0 = job.row_tile * kTileRows + warpgroup * T::kWarpgroupRows + warp % 4 * 16;
+    Writer<T>{p, job.token_tile * T::kTokens, row0}.store(sums);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, T::kResidency)
+    hybrid_gemm(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) uint8_t smem_memory[];
+  const uint32_t smem = ptx::smem_address(smem_memory);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const WarpRole role = warp < 8    ? WarpRole::kConsumer
+                        : warp == 8 ? WarpRole::kWeights
+                        : warp == 9 ? WarpRole::kActivations
+                                    : WarpRole::kIdle;
+  const int cluster = blockIdx.x / T::kCluster, rank = blockIdx.x % T::kCluster;
+
+  ptx::grid_launch_dependents();
+  if (role == WarpRole::kWeights && ptx::lane_id() == 0) {
+    if (smem % 1024 != 0) __trap();
+    init_barriers<T>(smem);
+  }
+  if (role == WarpRole::kActivations && ptx::lane_id() == 0) ptx::prefetch_tensor_map(&p.x_map);
+  sync_cluster<T>();
+
+  JobRing<T> jobs(smem);
+  if (role == WarpRole::kConsumer) {
+    if constexpr (T::kResidency == 1) ptx::take_registers<T::kConsumerRegisters>();
+    consume<T>(p, smem, jobs, cluster, rank);
+  } else {
+    if constexpr (T::kResidency == 1) ptx::give_registers<T::kLoaderRegisters>();
+    if (role == WarpRole::kWeights) load_weights<T>(p, smem, jobs, cluster, rank);
+    if (role == WarpRole::kActivations) load_activations<T>(p, smem, jobs, rank);
+  }
+  // Nobody leaves while a neighbour may still arrive at its barriers.
+  if constexpr (T::kCluster > 1) {
+    __syncwarp();
+    sync_cluster<T>();
+  }
+}
+
+template <class T>
+void launch_instance(const Params& params, cuda::Stream stream) {
+  auto* kernel = &hybrid_gemm<T>;
+  cuda::allow_smem(kernel, T::kSmemBytes);
+  cuda::LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(params.schedule.clusters * T::kCluster));
+  shape.block = dim3(T::kThreads);
+  shape.smem_bytes = T::kSmemBytes;
+  shape.cluster = T::kCluster;
+  shape.dependent = true;
+  cuda::launch(kernel, shape, stream, params);
+}
+
+}  // namespace spense::sm90

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a plan to one of the compiled kernels.
+#include "sm90/launch.h"
+
+#include <stdexcept>
+#include <string_view>
+
+#include "device/tensor_map.h"
+#include "sm90/params.h"
+
+namespace spense::sm90 {
+
+#define INSTANCE(name, ...) void launch_##name(const Params& params, cuda::Stream stream);
+#include "sm90/instances.def"
+#undef INSTANCE
+
+namespace {
+
+struct Instance {
+  std::string_view name;
+  void (*launch)(const Params& params, cuda::Stream stream);
+};
+constexpr Instance kInstances[] = {
+#define INSTANCE(name, ...) {#name, &launch_##name},
+#include "sm90/instances.def"
+#undef INSTANCE
+};
+
+// L2 policies as bulk copies take them: weights that are read once need not stay.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000;
+
+}  // namespace
+
+void launch(const cuda::GemmPlan& plan, const cuda::GemmArgs& args, void* partials,
+            uint32_t* counters, cuda::Stream stream) {
+  constexpr int kWideStore = 16;
+  const heuristics::GemmConfig& config = *plan.config;
+  Params p = {};
+  p.x_map = cuda::tensor_map(
+      {args.x, args.m, args.k, args.x_stride, config.tokens / config.cluster});
+  p.w = args.w;
+  p.tiles = reinterpret_cast<const int4*>(args.tiles);
+  p.x_scale = args.x_scale;
+  p.w_scale = args.w_scale;
+  p.bias = args.bias;
+  p.y = args.y;
+  p.partials = static_cast<float*>(partials);
+  p.counters = counters;
+  p.w_policy = plan.schedule.token_tiles == 1 ? kEvictFirst : kEvictNormal;
+  p.x_scale_step = static_cast<int32_t>(args.x_scale_step);
+  p.m = static_cast<int32_t>(args.m);
+  p.n = static_cast<int32_t>(args.n);
+  p.ahead = plan.ahead;
+  p.out = args.out;
+  p.wide_rows = args.n * bytes_of(args.out) % kWideStore == 0 &&
+                reinterpret_cast<uintptr_t>(args.y) % kWideStore == 0;
+  p.schedule = plan.schedule;
+  for (const Instance& instance : kInstances) {
+    if (instance.name == config.name) return instance.launch(p, stream);
+  }
+  throw std::logic_error("spense: no kernel for config " + std::string(config.name));
+}
+
+}  // namespace spense::sm90
