@@ -159,7 +159,9 @@ class HybridWeight:
 
         Raises FormatError that names the tensor.
         """
-        return cls(**validate.read_state_dict(state, prefix, n, k)).validate()
+        weight = cls(**validate.read_state_dict(state, prefix, n, k))
+        validate.check_contents(weight, prefix)
+        return weight
 
     def shard(self, first: int, last: int) -> HybridWeight:
         """K shards [first, last): a tensor-parallel rank's part of a row-parallel layer.
