@@ -116,10 +116,10 @@ void narrow_sparse(const uint8_t* unit, int r0, int rows, const uint16_t* x, int
   for (int half = 0; half < 2; ++half) {
     const XBlock<kM> block(x + half * kBlockColumns, x_stride);
     for (int r = r0; r < r0 + rows; ++r) {
-      _mm_prefetch(reinterpret_cast<const char*>(value_line(next, r, half)), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(value_line(next, r, half)), _MM_HINT_T1);
       const uint8_t* metadata = unit + format::metadata_offset(r, half * kBlockColumns);
       if (r % 4 == 0) {
-        _mm_prefetch(reinterpret_cast<const char*>(next + (metadata - unit)), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(next + (metadata - unit)), _MM_HINT_T1);
       }
       const Bf16Pair w = convert(_mm512_loadu_si512(value_line(unit, r, half)));
       const __m512i bits = _mm512_permutexvar_epi32(
@@ -151,7 +151,7 @@ void narrow_dense(const uint8_t* unit, int r0, int rows, const uint16_t* x, int6
   for (int r = r0; r < r0 + rows; ++r) {
     const __m512i order = _mm512_load_si512(kNarrowTables.chunks[r & 3]);
     for (int half = 0; half < 2; ++half) {
-      _mm_prefetch(reinterpret_cast<const char*>(value_line(next, r, half)), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(value_line(next, r, half)), _MM_HINT_T1);
       const Bf16Pair w =
           convert(_mm512_permutexvar_epi64(order, _mm512_loadu_si512(value_line(unit, r, half))));
       for (int m = 0; m < kM; ++m) {

@@ -199,7 +199,7 @@ Status unpack_tile(const PayloadLayout& layout, int64_t tile, const uint8_t* pac
         const bool encoded = encode_group(columns, to + 2 * g, &nibble);
         if (!legal || !encoded) {
           Status status;
-          status.code = legal ? Status::kNotTwoOfFour : Status::kIllegalNibble;
+          status.code = legal ? Status::kNotTwoOfFour : Status::kIllegalPackedNibble;
           status.shard = run.shard;
           status.tile = tile;
           status.row = m;

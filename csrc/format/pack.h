@@ -18,20 +18,21 @@ struct SplitDesc {
 };
 
 // First problem found, or ok. `message()` reads after "pack: ", e.g.
-// "indices: illegal nibble 0x5 (shard 0, tile 3, row 17, group 40)".
+// "dense: expected no NaN byte, got 0x7F (shard 0, tile 3, row 17, column 40)".
 struct Status {
   enum Code : int {
     kOk = 0,
-    kBadShape,         // n, k or k_shards
-    kBadWidth,         // dense_width[tile] = value
-    kIllegalNibble,    // value: the nibble
-    kNanValue,         // value: the byte
-    kNanDense,         // value: the byte
-    kNonzeroPadding,   // a kept value behind the last column of a short group; value: the byte
-    kBadPaddedNibble,  // the unused high nibble of an odd group count; value: the nibble
-    kNotTwoOfFour,     // more than two of four columns of a sparse group are set (unpack)
-    kBadTileTable,     // w_tiles row `tile`, column `position` = value, want `expected`
-    kBadPackedSize,    // bytes of w_packed = value, want `expected`
+    kBadShape,             // n, k or k_shards (position 0 to 2) = value, or k's divisor (3)
+    kBadWidth,             // dense_width[tile] = value
+    kIllegalNibble,        // value: the nibble
+    kIllegalPackedNibble,  // the same in the tile stream
+    kNanValue,             // value: the byte
+    kNanDense,             // value: the byte
+    kNonzeroPadding,       // a kept value behind the last column of a short group; value: the byte
+    kBadPaddedNibble,      // the unused high nibble of an odd group count; value: the nibble
+    kNotTwoOfFour,         // more than two of four columns of a sparse group are set (unpack)
+    kBadTileTable,         // w_tiles row `tile`, column `position` = value, want `expected`
+    kBadPackedSize,        // bytes of w_packed = value, want `expected`
   };
   Code code = kOk;
   int64_t shard = -1, tile = -1, row = -1, position = -1, value = 0, expected = 0;

@@ -74,19 +74,26 @@ std::string Status::message() const {
   switch (code) {
     case kOk:
       return "ok";
-    case kBadShape:
-      return "split: expected n >= 1, k >= 1, k_shards >= 1 and, for more than one shard, k a "
-             "multiple of 16 * k_shards, got " +
+    case kBadShape: {
+      const char* const names[] = {"n", "k", "k_shards"};
+      if (position < 3)
+        return std::string(names[position]) + ": expected at least 1, got " + number(value);
+      return "k: expected a multiple of 16 * k_shards = " + number(expected) + ", got " +
              number(value);
+    }
     case kBadWidth:
       return "dense_width: expected 0, " + number(expected) +
              " or a multiple of 16 below it, got " + number(value) + " (tile " + number(tile) + ")";
     case kIllegalNibble:
-      return "indices: illegal nibble " + hex(value) + place(*this, "group");
+      return "indices: expected a legal 2:4 nibble (0x4, 0x8, 0x9, 0xC, 0xD, 0xE), got " +
+             hex(value) + place(*this, "group");
+    case kIllegalPackedNibble:
+      return "w_packed: expected a legal 2:4 nibble (0x4, 0x8, 0x9, 0xC, 0xD, 0xE), got " +
+             hex(value) + place(*this, "group");
     case kNanValue:
-      return "values: NaN byte " + hex(value) + place(*this, "value");
+      return "values: expected no NaN byte, got " + hex(value) + place(*this, "value");
     case kNanDense:
-      return "dense: NaN byte " + hex(value) + place(*this, "column");
+      return "dense: expected no NaN byte, got " + hex(value) + place(*this, "column");
     case kNonzeroPadding:
       return "values: expected 0x00 behind the last column, got " + hex(value) +
              place(*this, "value");
@@ -94,7 +101,8 @@ std::string Status::message() const {
       return "indices: expected 0x4 in the unused nibble, got " + hex(value) +
              place(*this, "group");
     case kNotTwoOfFour:
-      return "w_packed: more than two values in four sparse columns" + place(*this, "group");
+      return "w_packed: expected at most two values in four sparse columns, got more" +
+             place(*this, "group");
     case kBadTileTable:
       return "w_tiles: expected " + number(expected) + " at [" + number(tile) + ", " +
              number(position) + "], got " + number(value);
@@ -107,11 +115,14 @@ std::string Status::message() const {
 Status check_split(const SplitDesc& split) {
   Status status;
   status.code = Status::kBadShape;
+  status.position = 0;
   for (const int64_t size : {split.n, split.k, split.k_shards}) {
     status.value = size;
     if (size < 1) return status;
+    ++status.position;
   }
   status.value = split.k;
+  status.expected = kGranule * split.k_shards;
   if (split.k_shards > 1 && split.k % (kGranule * split.k_shards) != 0) return status;
   const int64_t columns = split.k / split.k_shards;
   for (int64_t t = 0; t < tile_count(split.n); ++t) {
