@@ -231,6 +231,8 @@ DATA_CASES = [
     Bad(PACK, "dense", changed(0, 0xFF), E + "no NaN byte, got 0xFF"),
     Bad(PACK, "indices", changed(0, 0x40), E + "a legal 2:4 nibble"),
     Bad(UNPACK, "w_tiles", changed((0, 1), 0), E + "1 at [0, 1], got 0"),
+    Bad(UNPACK, "w_packed", changed(16384, 0x40), E + "a legal 2:4 nibble"),
+    Bad(UNPACK, "w_packed", changed(slice(73728, 90112), 1), E + "at most two values in four"),
 ]
 
 

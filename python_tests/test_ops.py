@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -210,3 +211,23 @@ def test_results_do_not_depend_on_threads(threads):
             assert_same(call(), result)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("stride", [70, 71, 256])
+def test_any_row_stride_of_x_gives_the_same(stride):
+    call = gemm_call(m=4, n=130, k=70, dense_width=[16, 0])
+    x = torch.zeros(4, stride, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, :70]
+    x.view(torch.uint8).copy_(call.args["x"].view(torch.uint8))
+    assert_same(call.with_argument("x", x)(), call())
+    same_row = call.args["x"][:1].expand(4, 70)
+    repeated = call.with_argument("x", same_row.view(torch.uint8).clone().view(same_row.dtype))
+    assert_same(call.with_argument("x", same_row)(), repeated())
+
+
+def test_calls_from_several_python_threads():
+    calls = [make() for makes in CALLS.values() for make in makes]
+    expected = [call() for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(lambda _: [call() for call in calls], range(8)):
+            for result, wanted in zip(results, expected, strict=True):
+                assert_same(result, wanted)

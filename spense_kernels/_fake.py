@@ -168,12 +168,13 @@ def quantize_fp8(x: Tensor, gather: Tensor | None = None) -> tuple[Tensor, Tenso
 
 def _sizes(op: str, dense_width: Sequence[int], n: int, k: int, k_shards: int) -> tuple[int, ...]:
     """(bytes of values, indices, dense, w_packed; tiles) of a split that is checked first."""
-    for name, value in (("n", n), ("k", k), ("k_shards", k_shards)):
-        _Arg(op, name, value).at_least_one()
+    _Arg(op, "n", n).at_least_one()
     tiles = tile_count(n)
     width_arg = _Arg(op, "dense_width")
     one_each = f"{tiles} widths (one for each {TILE_ROWS} rows of n)"
     width_arg.check(len(dense_width) == tiles, one_each, len(dense_width))
+    _Arg(op, "k", k).at_least_one()
+    _Arg(op, "k_shards", k_shards).at_least_one()
     if k_shards > 1 and k % (GRANULE * k_shards):
         _Arg(op, "k").fail(f"a multiple of {GRANULE} * k_shards = {GRANULE * k_shards}", k)
     columns = k // k_shards
