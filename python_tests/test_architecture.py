@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from spense_kernels import env
+
 ROOT = Path(__file__).parents[1]
 MAX_LINES = 400
 
@@ -161,6 +163,20 @@ def test_every_source_names_its_licence():
         and "SPDX-License-Identifier: Apache-2.0" not in path.read_text()[:200]
     ]
     assert wrong == []
+
+
+def test_environment_variables_are_listed():
+    read = re.compile(
+        r"(?:environ(?:\.get|\.setdefault|\.pop)?[\[(]|getenv\()\s*[\"'](SPENSE_[A-Z_]+)"
+    )
+    used = {
+        name
+        for path in [*tracked("spense_kernels/*.py", "cmake/*.py", "csrc/*"), ROOT / "setup.py"]
+        for name in read.findall(path.read_text(errors="replace"))
+    }
+    assert used <= set(env.VARIABLES), "missing in spense_kernels/env.py"
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in env.VARIABLES if f"`{name}`" not in readme] == []
 
 
 def test_no_machine_paths():

@@ -7,11 +7,11 @@ Importing the package registers the ops `torch.ops.spense.*`. The names below lo
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version as _version
 
-from spense_kernels import ops
+from spense_kernels import _load, ops
 
-__version__ = _version("spense-kernels")
+# Of the build, so that a folder of built files works without being installed.
+__version__ = _load.build_info()["version"]
 
 _HOMES = {
     "HybridWeight": "format",

@@ -17,6 +17,7 @@ VARIABLES = {
     "SPENSE_REQUIRE_CUDA": "build: 1 makes a build without CUDA an error (cmake/find_cuda.py)",
     "SPENSE_NVCC": "build: the nvcc to use (cmake/find_cuda.py)",
     "SPENSE_BUILD_JOBS": "build: compilers at a time, 2 unless set (setup.py)",
+    "SPENSE_CACHE": "demo: folder of the assembled model file (spense_kernels/models)",
 }
 
 
