@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Few rows of x (1 to 8): the weights stream once from memory, and x is gathered, not w expanded.
+// Few rows of x: the weights stream once from memory, and x is gathered, not w expanded.
 //
 // 128 columns of a sparse row are 64 kept bytes (one cache line; its four 16-byte chunks lie in the
 // order chunk ^ (row & 3)) and 16 bytes of metadata. The kept bytes become two bf16 vectors in
@@ -12,7 +12,8 @@
 namespace spense::cpu {
 namespace {
 
-constexpr int kNarrowMax = 8;        // rows of x
+constexpr int kNarrowMax = 24;       // rows of x
+constexpr int kNarrowPass = 8;       // rows of x in one pass over an item
 constexpr int kNarrowRowBlock = 32;  // rows of a tile in one item, at most
 constexpr int kBlockColumns = 128;   // of a sparse row handled at a time
 
@@ -162,17 +163,17 @@ void narrow_dense(const uint8_t* unit, int r0, int rows, const uint16_t* x, int6
   }
 }
 
-// Rows r0 to r0 + rows - 1 of a tile, all kM rows of x. `next` is what will be read afterwards.
+// Rows r0 to r0 + rows - 1 of a tile, rows m0 to m0 + kM - 1 of x. `next_item` is read afterwards.
 template <int kM>
-void run_narrow(const GemmArgs& args, const NarrowX& x, const Tile& tile, int r0, int rows,
-                const uint8_t* next_item) {
+void run_narrow(const GemmArgs& args, const NarrowX& x, int64_t m0, const Tile& tile, int r0,
+                int rows, const uint8_t* next_item) {
   __m512 acc[kNarrowRowBlock][kM];
   for (int r = 0; r < rows; ++r) {
     for (int m = 0; m < kM; ++m) acc[r][m] = _mm512_setzero_ps();
   }
   for (int64_t u = 0; u < tile.units(); ++u) {
     const uint8_t* next = u + 1 < tile.units() ? tile.unit(u + 1) : next_item;
-    const int64_t column = tile.column(u);
+    const int64_t column = tile.column(u) + m0 * x.stride;
     if (tile.is_sparse(u)) {
       narrow_sparse<kM>(tile.unit(u), r0, rows, x.sparse + column, x.stride, acc, next);
     } else {
@@ -185,7 +186,7 @@ void run_narrow(const GemmArgs& args, const NarrowX& x, const Tile& tile, int r0
     for (int m = 0; m < kM; ++m) {
       __m512 lanes[16];
       for (int i = 0; i < 16; ++i) lanes[i] = acc[r + i][m];
-      columns.store(args, m, n, sum_rows(lanes), x.scale[m]);
+      columns.store(args, m0 + m, n, sum_rows(lanes), x.scale[m0 + m]);
     }
   }
 }

@@ -37,6 +37,7 @@ GemmPlan plan(const GemmArgs& args, int threads) {
   const bool narrow = plan.kind == kNarrow;
   plan.workspace_bytes = narrow ? NarrowX::bytes(args) : WideX::bytes(args);
   plan.prepare_items = narrow ? args.m : WideX::groups(args);
+  // An item of the narrow kind makes as many passes as it needs; the weights then come from L2.
   plan.m_block = narrow ? kNarrowMax : kWideMBlock;
   plan.row_block = narrow ? kNarrowRowBlock : kWideRowBlock;
   const int64_t blocks = format::tile_count(args.n) * format::ceil_div(args.m, plan.m_block);
@@ -57,21 +58,24 @@ void prepare(const GemmPlan& plan, void* workspace, int64_t begin, int64_t end) 
   }
 }
 
-using NarrowKernel = void (*)(const GemmArgs&, const NarrowX&, const Tile&, int, int,
+using NarrowKernel = void (*)(const GemmArgs&, const NarrowX&, int64_t, const Tile&, int, int,
                               const uint8_t*);
-constexpr NarrowKernel kNarrowKernels[kNarrowMax] = {run_narrow<1>, run_narrow<2>, run_narrow<3>,
-                                                     run_narrow<4>, run_narrow<5>, run_narrow<6>,
-                                                     run_narrow<7>, run_narrow<8>};
+constexpr NarrowKernel kNarrowKernels[kNarrowPass] = {run_narrow<1>, run_narrow<2>, run_narrow<3>,
+                                                      run_narrow<4>, run_narrow<5>, run_narrow<6>,
+                                                      run_narrow<7>, run_narrow<8>};
 
 void run_narrow_items(const GemmPlan& plan, void* workspace, int64_t begin, int64_t end) {
   const NarrowX x(plan.args, workspace);
-  const NarrowKernel kernel = kNarrowKernels[plan.args.m - 1];
+  const int64_t passes = format::ceil_div(plan.args.m, kNarrowPass);
   for (int64_t i = begin; i < end; ++i) {
     const Item item(plan, i), following(plan, i + 1 < end ? i + 1 : i);
     // Shifted so that the current rows' addresses in it are those of the following item's rows.
     const uint8_t* next = following.tile.bytes + (following.row - item.row) * kRowBytes;
-    if (!item.empty()) {
-      kernel(plan.args, x, item.tile, item.row, static_cast<int>(plan.row_block), next);
+    if (item.empty()) continue;
+    for (int64_t p = 0; p < passes; ++p) {
+      const int64_t m0 = plan.args.m * p / passes, m1 = plan.args.m * (p + 1) / passes;
+      kNarrowKernels[m1 - m0 - 1](plan.args, x, m0, item.tile, item.row,
+                                  static_cast<int>(plan.row_block), next);
     }
   }
 }
