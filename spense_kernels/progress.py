@@ -27,3 +27,30 @@ def bar(total: int, what: str, indent: str = "  "):
         ascii=None if on_terminal else True,
         leave=True,
     )
+
+
+class Bars:
+    """One bar a stage, for functions that report start(stage, total), advance(count), finish()."""
+
+    def __init__(self, indent: str = "  "):
+        self.indent = indent
+        self._bar = None
+
+    def start(self, stage: str, total: int) -> None:
+        self.finish()
+        self._bar = bar(total, stage, self.indent)
+
+    def advance(self, count: int = 1) -> None:
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.finish()

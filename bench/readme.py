@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the README's result tables from the committed result files, between their markers.
+
+`python bench/readme.py` rewrites README.md; `--check` fails when it is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def demo_table(demo: dict) -> str:
+    """The demo's comparison, with where and when it ran."""
+    lines = [
+        "| | perplexity | nats above original | dense | weights kept | "
+        "linear layers, MB a token | with lm_head |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for m in demo["methods"]:
+        above = m["above_original"]
+        gap = "0" if above is None else _plus_minus(above["nll"], above["stderr"], 3)
+        lines.append(
+            f"| {m['label']} | {_plus_minus(m['ppl'], m['ppl_stderr'], 2)} | {gap} | "
+            f"{m['dense_fraction']:.1%} | {m['kept_fraction']:.1%} | "
+            f"{m['linear_bytes_per_token'] / 1e6:.1f} | {m['model_bytes_per_token'] / 1e6:.1f} |"
+        )
+    text, machine = demo["text"], demo["machine"]
+    lines += [
+        "",
+        f"{demo['model']['name']}, {text['test_tokens']:,} held-out tokens of {text['name']}, "
+        f"{text['calibration_tokens']:,} calibration tokens, one-shot. ± is the standard error by "
+        f"window; nats above original are paired. {demo['total_seconds']:.0f} s and "
+        f"{demo['peak_memory_bytes'] / 1e9:.1f} GB on {machine['cpu']} with "
+        f"{machine['threads']} threads, {demo['created'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"demo": (RESULTS / "demo.json", demo_table)}
+
+
+def render(readme: str) -> str:
+    """README text with every table between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
+    for name, (path, make) in TABLES.items():
+        if not path.is_file():
+            continue
+        table = make(json.loads(path.read_text(encoding="utf-8")))
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(readme):
+            raise SystemExit(f"README.md: no markers <!-- {name} --> ... <!-- /{name} -->")
+        readme = pattern.sub(lambda m, t=table: f"{m[1]}{t}\n{m[2]}", readme)
+    return readme
+
+
+def _plus_minus(value: float, error: float | None, digits: int) -> str:
+    text = f"{value:.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = render(old)
+    if "--check" in sys.argv[1:]:
+        if old != new:
+            print("README.md is out of date: run python bench/readme.py", file=sys.stderr)
+        return int(old != new)
+    path.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
