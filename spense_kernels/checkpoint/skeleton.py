@@ -26,9 +26,10 @@ def build_skeleton(folder: Path, config: SpenseConfig, dtype: torch.dtype | None
     is not a linear layer of that shape.
     """
     transformers = _transformers()
+    # transformers and its config validators raise errors of many classes for a config they dislike.
     try:
         hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as fault:
+    except Exception as fault:
         raise CheckpointError(f"{folder / 'config.json'}: not a model config: {fault}") from fault
     hf_config.quantization_config = None
     del hf_config.quantization_config
@@ -41,8 +42,11 @@ def build_skeleton(folder: Path, config: SpenseConfig, dtype: torch.dtype | None
             f"{folder / 'config.json'}: architectures: expected a model class of transformers "
             f"{transformers.__version__}, got {name!r}"
         )
-    with parameters_on_meta():
-        model = model_class._from_config(hf_config, dtype=dtype or hf_config.dtype)
+    try:
+        with parameters_on_meta():
+            model = model_class._from_config(hf_config, dtype=dtype or hf_config.dtype)
+    except Exception as fault:
+        raise CheckpointError(f"{folder / 'config.json'}: no {name} from it: {fault}") from fault
     for module, entry in config.modules.items():
         _replace(model, module, entry)
     return model.eval().requires_grad_(False)
