@@ -4,7 +4,7 @@
 #include <array>
 #include <atomic>
 
-#include "cuda/check.h"
+#include "device/check.h"
 
 namespace spense::cuda {
 
@@ -19,8 +19,8 @@ DeviceInfo device_info() {
     DeviceInfo info;
     SPENSE_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     SPENSE_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    SPENSE_CUDA(cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount,
-                                       device));
+    SPENSE_CUDA(
+        cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, device));
     info.arch = major * 10 + minor;
     return info;
   };

@@ -6,12 +6,11 @@
 #include <cstdint>
 
 #include "core/types.h"
+#include "device/stream.h"
 
 #define SPENSE_API __attribute__((visibility("default")))
 
 namespace spense::cuda {
-
-using Stream = void*;
 
 // Compute capability of the current device, 90 for 9.0, and its number of multiprocessors.
 struct DeviceInfo {

@@ -35,7 +35,7 @@ std::optional<GemmPlan> plan_gemm(const GemmArgs& args, bool fast_accum, const c
 void run_gemm(const GemmPlan& plan, const GemmArgs& args, void* partials, uint32_t* counters,
               Stream stream) {
 #if SPENSE_BUILT_SM90
-  sm90::launch(plan, args, partials, counters, stream);
+  sm90::launch(*plan.config, plan.schedule, args, partials, counters, stream);
 #else
   static_cast<void>(plan), static_cast<void>(args), static_cast<void>(partials);
   static_cast<void>(counters), static_cast<void>(stream);

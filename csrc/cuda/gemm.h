@@ -5,31 +5,17 @@
 #include <optional>
 #include <string>
 
+#include "core/gemm_args.h"
 #include "cuda/api.h"
 #include "heuristics/gemm.h"
 
 namespace spense::cuda {
 
-//   y[m, n] = ((sum_k x[m, k] * w[n, k]) * x_scale[m]) * w_scale[n] + bias[n]
-struct GemmArgs {
-  int64_t m = 0, n = 0, k = 0;   // all at least 1
-  const uint8_t* x = nullptr;    // [m, k] e4m3 in gather order, 16-byte aligned
-  int64_t x_stride = 0;          // bytes, a multiple of 16
-  const uint8_t* w = nullptr;    // tile stream, 16-byte aligned
-  int64_t w_bytes = 0;
-  const int32_t* tiles = nullptr;  // [tile_count(n) + 1, 4], 16-byte aligned
-  const float* x_scale = nullptr;  // [m] with step 1, [1] with step 0
-  int64_t x_scale_step = 1;
-  const float* w_scale = nullptr;  // [n]
-  const float* bias = nullptr;     // [n] or null
-  void* y = nullptr;               // [m, n]
-  OutType out = OutType::kBFloat16;
-};
+using spense::GemmArgs;
 
 struct GemmPlan {
   const heuristics::GemmConfig* config = nullptr;
   heuristics::ScheduleParams schedule;
-  int ahead = 0;              // weight units to prefetch into L2
   int64_t partial_bytes = 0;  // of `partials`
   int64_t counters = 0;       // of `counters`
 };

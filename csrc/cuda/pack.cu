@@ -12,7 +12,7 @@ namespace {
 using namespace spense::format;
 
 constexpr int kThreads = 256;
-constexpr int kChunk = 16;         // value bytes that one thread of the packer writes
+constexpr int kChunk = 16;  // value bytes that one thread of the packer writes
 constexpr uint8_t kNegativeZero = 0x80;
 
 struct Payload {
@@ -195,8 +195,7 @@ __global__ void __launch_bounds__(kThreads)
       values[out.values + 2 * group + 1] = kept[1];
     }
     if (position / 4 < out.groups) {
-      indices[out.indices + position / kStep] =
-          static_cast<uint8_t>(nibbles[0] | nibbles[1] << 4);
+      indices[out.indices + position / kStep] = static_cast<uint8_t>(nibbles[0] | nibbles[1] << 4);
     }
   });
 }
@@ -230,8 +229,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 dim3 blocks(const PackLayout& layout) {
-  return dim3(static_cast<unsigned>(tile_count(layout.n)),
-              static_cast<unsigned>(layout.k_shards));
+  return dim3(static_cast<unsigned>(tile_count(layout.n)), static_cast<unsigned>(layout.k_shards));
 }
 
 }  // namespace

@@ -16,11 +16,11 @@ struct BlockOffsets {
 // 16 columns (format::kGranule), which shells never cut.
 struct PackLayout {
   int64_t n = 0, k = 0, k_shards = 1;
-  const int32_t* tiles = nullptr;             // w_tiles [tiles + 1, 4]
-  const int32_t* sparse_columns = nullptr;    // [tiles], of one shard
-  const BlockOffsets* offsets = nullptr;      // [shards, tiles]
-  const int32_t* shard_of_gather = nullptr;   // [k / 16]: q / 16 of c / 16, null for one shard
-  const int32_t* gather_of_shard = nullptr;   // [k / 16]: c / 16 of q / 16, null for one shard
+  const int32_t* tiles = nullptr;            // w_tiles [tiles + 1, 4]
+  const int32_t* sparse_columns = nullptr;   // [tiles], of one shard
+  const BlockOffsets* offsets = nullptr;     // [shards, tiles]
+  const int32_t* shard_of_gather = nullptr;  // [k / 16]: q / 16 of c / 16, null for one shard
+  const int32_t* gather_of_shard = nullptr;  // [k / 16]: c / 16 of q / 16, null for one shard
   int64_t total_units = 0;
 };
 

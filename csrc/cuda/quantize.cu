@@ -111,8 +111,7 @@ __global__ void __launch_bounds__(kThreads) quantize_rows(const QuantizeArgs p) 
     const float scale = fmaxf(__uint_as_float(peak[r]), 1e-12f) * (1.0f / 448.0f);
     inverse[r] = __fdiv_rn(1.0f, scale);
     if (threadIdx.x == 0 && blockIdx.x == 0 && r < rows) {
-      p.scale[row0 + r] =
-          peak[r] >= kInfinityBits ? __uint_as_float(0x7FC00000u) : scale;
+      p.scale[row0 + r] = peak[r] >= kInfinityBits ? __uint_as_float(0x7FC00000u) : scale;
     }
   }
 
@@ -133,8 +132,8 @@ __global__ void __launch_bounds__(kThreads) quantize_rows(const QuantizeArgs p) 
       float v[2][kRows];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int column = static_cast<uint32_t>(from[i + j]) < static_cast<uint32_t>(k)
-                               ? from[i + j] : 0;
+        const int column =
+            static_cast<uint32_t>(from[i + j]) < static_cast<uint32_t>(k) ? from[i + j] : 0;
         if constexpr (kStaged) {
           const Column got = columns[column];
 #pragma unroll
@@ -170,8 +169,8 @@ void run(const QuantizeArgs& args, Stream stream) {
   shape.block = dim3(kThreads);
   shape.dependent = true;
   const auto go = [&](auto* kernel, int64_t rows, int64_t slices, int64_t bytes) {
-    shape.grid = dim3(static_cast<unsigned>(slices),
-                      static_cast<unsigned>((args.m + rows - 1) / rows));
+    shape.grid =
+        dim3(static_cast<unsigned>(slices), static_cast<unsigned>((args.m + rows - 1) / rows));
     shape.smem_bytes = static_cast<int>(bytes);
     if (bytes > 48 * 1024) allow_smem(kernel, kMaxSmem);
     launch(kernel, shape, stream, args);
@@ -180,8 +179,8 @@ void run(const QuantizeArgs& args, Stream stream) {
     go(&quantize_rows<T, kManyRows, 8, true>, kManyRows, 1, kManyRows * row_bytes);
     return;
   }
-  const int64_t slices =
-      std::clamp<int64_t>(2 * multiprocessors / args.m, 1, std::min<int64_t>(16, args.y_stride / 512 + 1));
+  const int64_t slices = std::clamp<int64_t>(2 * multiprocessors / args.m, 1,
+                                             std::min<int64_t>(16, args.y_stride / 512 + 1));
   if (row_bytes <= kMaxSmem) {
     go(&quantize_rows<T, 1, 4, true>, 1, slices, row_bytes);
   } else {

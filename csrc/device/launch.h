@@ -4,8 +4,8 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda/api.h"
-#include "cuda/check.h"
+#include "device/check.h"
+#include "device/stream.h"
 
 namespace spense::cuda {
 

@@ -28,6 +28,12 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
+// The dynamic shared memory of the CTA, aligned for the 128-byte swizzle.
+__device__ __forceinline__ uint32_t dynamic_smem() {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  return smem_address(memory);
+}
+
 // --- dependent launch --------------------------------------------------------------------------
 
 // Waits until the kernels before this one are complete and their writes are visible.
@@ -64,13 +70,15 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t
                : "memory");
 }
 
-// Arrives at the barrier with the same offset in the CTA `rank` of the cluster.
+// Arrives at the barrier with the same offset in the CTA `rank` of the cluster. Naming the cluster
+// scope would put a memory fence of about 1 us before it, which data that only the copy engine
+// and the tensor cores touched does not need.
 __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(barrier),
       "r"(rank)
       : "memory");
@@ -83,19 +91,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// The same for a barrier that other CTAs of the cluster arrive at.
-__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}" ::"r"(barrier),
       "r"(parity)
@@ -167,6 +162,29 @@ __device__ __forceinline__ void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// --- wgmma -------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void mma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void mma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Waits until at most kPending groups are under way.
+template <int kPending>
+__device__ __forceinline__ void mma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of the registers across this point, or reusing them before.
+__device__ __forceinline__ void pin(float& v) { asm volatile("" : "+f"(v)::"memory"); }
+__device__ __forceinline__ void pin(uint32_t& v) { asm volatile("" : "+r"(v)::"memory"); }
+template <typename V, int kCount>
+__device__ __forceinline__ void pin(V (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) pin(values[i]);
+}
+
 // --- data movement -----------------------------------------------------------------------------
 
 __device__ __forceinline__ uint4 load_shared_v4(uint32_t address) {
@@ -177,11 +195,39 @@ __device__ __forceinline__ uint4 load_shared_v4(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
 __device__ __forceinline__ void store_shared_v4(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
                : "memory");
 }
+
+// Counts up to `last`, then starts again at 0; returns the count before. Writes before it are
+// visible to whoever reads after seeing it.
+__device__ __forceinline__ uint32_t atomic_ticket(uint32_t* counter, uint32_t last) {
+  uint32_t ticket;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(ticket)
+               : "l"(counter), "r"(last)
+               : "memory");
+  return ticket;
+}
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* from) {
+  uint32_t v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_relaxed(uint32_t* to, uint32_t v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+__device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Transposes an 8x8 matrix of 16-bit elements that a warp holds, row lane / 4, columns
 // 2 * (lane % 4) and the next.

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "device/tensor_map.h"
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
 
-#include "cuda/check.h"
+#include "device/check.h"
 
 namespace spense::cuda {
 namespace {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <cuda.h>
-
 #include <cstdint>
+
+struct CUtensorMap_st;
 
 namespace spense::cuda {
 
@@ -15,6 +15,6 @@ struct ByteMatrix {
   int box_rows;
 };
 
-CUtensorMap tensor_map(const ByteMatrix& matrix);
+CUtensorMap_st tensor_map(const ByteMatrix& matrix);
 
 }  // namespace spense::cuda

@@ -26,15 +26,16 @@ struct GemmDesc {
   int64_t sparse_units() const;  // of all tiles; the rest of the columns are dense units
 };
 
-// One compiled kernel of the SM90 family: 128 output rows a CTA and `tokens` columns.
+// One compiled kernel of the SM90 family.
 struct GemmConfig {
   const char* name;
-  int tokens;       // token tile: 8, 16, 32, 64, 128, 256
-  int cluster;      // CTAs of different row tiles that share their activations by multicast
-  int w_stages;     // ring of weight units, 20 KiB each
-  int x_stages;     // ring of activation blocks, tokens * 128 bytes each
-  int residency;    // CTAs a multiprocessor holds: 2 lets the next kernel fill its rings early
-  bool promoted;    // sums of a unit are added in float32 (fast_accum=False)
+  int row_tiles;  // of 128 rows in a CTA: 1, shared by both consumer warpgroups, or one for each
+  int tokens;     // token tile: 8, 16, 32, 64, 128, 256
+  int cluster;    // CTAs of different row tiles that share their activations by multicast
+  int w_stages;   // ring of weight units for each row tile, 20 KiB a unit
+  int x_stages;   // ring of activation blocks, tokens * 128 bytes each
+  int residency;  // CTAs a multiprocessor holds: 2 lets the next kernel fill its rings early
+  bool promoted;  // sums of a unit are added in float32 (fast_accum=False)
 };
 
 // --- budgets ---
@@ -54,8 +55,9 @@ constexpr int threads(const GemmConfig& c) {
 }
 constexpr int x_stage_bytes(const GemmConfig& c) { return c.tokens * format::kRowBytes; }
 constexpr int smem_bytes(const GemmConfig& c) {
-  return c.w_stages * kWStageBytes + c.x_stages * x_stage_bytes(c) +
-         2 * (c.w_stages + c.x_stages + kJobStages) * kBarrierBytes + kJobStages * kJobBytes +
+  const int w_slots = c.row_tiles * c.w_stages;
+  return w_slots * kWStageBytes + c.x_stages * x_stage_bytes(c) +
+         2 * (w_slots + c.x_stages + kJobStages) * kBarrierBytes + kJobStages * kJobBytes +
          kConsumerWarpgroups * 4;
 }
 constexpr int smem_limit(const GemmConfig& c) {
@@ -65,10 +67,10 @@ constexpr int smem_limit(const GemmConfig& c) {
 // Arrivals that complete a phase of each barrier.
 constexpr int w_full_arrivals() { return 1; }
 constexpr int x_full_arrivals() { return 1; }
-constexpr int w_empty_arrivals() { return kConsumerWarpgroups * 4; }  // one a warp
-constexpr int x_empty_arrivals(const GemmConfig& c) {
-  return kConsumerWarpgroups * 4 * c.cluster;
+constexpr int w_empty_arrivals(const GemmConfig& c) {  // one a warp that reads the tile
+  return kConsumerWarpgroups / c.row_tiles * 4;
 }
+constexpr int x_empty_arrivals(const GemmConfig& c) { return kConsumerWarpgroups * 4 * c.cluster; }
 constexpr int job_full_arrivals() { return 1; }
 constexpr int job_empty_arrivals() { return kConsumerWarpgroups * 4 + 1; }  // and the x warp
 
@@ -76,13 +78,20 @@ constexpr bool legal(const GemmConfig& c) {
   const bool tile = c.tokens == 8 || c.tokens == 16 || c.tokens == 32 || c.tokens == 64 ||
                     c.tokens == 128 || c.tokens == 256;
   // A box of x is at least 8 rows high, the period of the 128-byte swizzle.
-  const bool box = (c.cluster == 1 || c.cluster == 2 || c.cluster == 4) && c.tokens / c.cluster >= 8;
-  // A sparse unit needs two blocks of x, and two units should be under way.
+  const bool box =
+      (c.cluster == 1 || c.cluster == 2 || c.cluster == 4) && c.tokens / c.cluster >= 8;
+  // A sparse unit needs two blocks of x, and something should be under way meanwhile.
   const bool rings = c.w_stages >= 2 && c.x_stages >= 4;
+  const bool rows = c.row_tiles == 1 || c.row_tiles == 2;
+  // Sums of a thread: they and their promoted twin must fit the registers.
+  const int sums = c.row_tiles * c.tokens / 2 * (c.promoted ? 2 : 1);
   const bool residency = c.residency == 1 || c.residency == 2;
-  return tile && box && rings && residency && smem_bytes(c) <= smem_limit(c) &&
-         !(c.promoted && c.tokens > 128);  // two sets of sums must fit the registers
+  return tile && box && rings && rows && residency && smem_bytes(c) <= smem_limit(c) &&
+         sums <= (c.residency == 1 ? 128 : 32) * (c.promoted ? 2 : 1);
 }
+
+// Row tiles that a cluster works on side by side.
+constexpr int group_tiles(const GemmConfig& c) { return c.row_tiles * c.cluster; }
 
 // Every compiled config, in the order of instances.def.
 const std::vector<GemmConfig>& configs();

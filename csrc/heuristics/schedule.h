@@ -2,7 +2,7 @@
 // Who computes what: output tiles and ranges of K, dealt out to clusters of CTAs. Host and device
 // share this file, so that tests on the host see what the kernel does.
 //
-// A group is the `cluster` row tiles that the CTAs of a cluster work on side by side. K goes in
+// A group is the kGroup row tiles that the CTAs of a cluster work on side by side. K goes in
 // steps of 256 columns (one sparse unit or up to two dense ones), which all tiles of a group share.
 // Work is counted in 4096-byte blocks of the tile stream: a sparse unit 5, a dense unit 4.
 //
@@ -32,7 +32,7 @@ static_assert(kSparseBlocks == 5 && kDenseBlocks == 4);
 struct ScheduleParams {
   int32_t row_tiles = 0;
   int32_t token_tiles = 0;
-  int32_t k_blocks = 0;  // of 128 columns, the last may be padding in part
+  int32_t k_blocks = 0;       // of 128 columns, the last may be padding in part
   int32_t stream_blocks = 0;  // of all row tiles once
   int32_t band = 1;
   int32_t clusters = 1;
@@ -64,13 +64,13 @@ SPENSE_HD constexpr int32_t partial_slot(int32_t cluster, bool holds_step_zero) 
 }
 
 // Table gives the tile table: blocks_before(row_tile), sparse_units(row_tile), and
-// find(groups, width, target): the last group g with width * blocks_before(kCluster * g) <= target.
-template <typename Table, int kCluster>
+// find(groups, width, target): the last group g with width * blocks_before(kGroup * g) <= target.
+template <typename Table, int kGroup>
 class Schedule {
  public:
   SPENSE_HD Schedule(const ScheduleParams& params, const Table& table, int32_t cluster)
       : p_(params), table_(table), cluster_(cluster), steps_(steps_of(params.k_blocks)) {
-    groups_ = (p_.row_tiles + kCluster - 1) / kCluster;
+    groups_ = (p_.row_tiles + kGroup - 1) / kGroup;
     whole_next_ = cluster;
     stream_total_ = static_cast<int64_t>(p_.token_tiles) * p_.stream_blocks;
     if (p_.whole < groups_ * p_.token_tiles) start_stream();
@@ -106,7 +106,7 @@ class Schedule {
     return min(p_.band, p_.token_tiles - band_start);
   }
   SPENSE_HD int32_t group_begin(int32_t group) const {
-    return table_.blocks_before(min(group * kCluster, p_.row_tiles));
+    return table_.blocks_before(min(group * kGroup, p_.row_tiles));
   }
   SPENSE_HD int32_t group_blocks(int32_t group) const {
     return group_begin(group + 1) - group_begin(group);
@@ -168,8 +168,8 @@ class Schedule {
   }
   SPENSE_HD int32_t blocks_until(int32_t step) const {
     int32_t sum = 0;
-    for (int r = 0; r < kCluster; ++r) {
-      const int32_t tile = group_ * kCluster + r;
+    for (int r = 0; r < kGroup; ++r) {
+      const int32_t tile = group_ * kGroup + r;
       if (tile < p_.row_tiles) sum += blocks_of_steps(step, table_.sparse_units(tile), p_.k_blocks);
     }
     return sum;
@@ -209,9 +209,9 @@ class Schedule {
   int32_t whole_next_;
   bool in_stream_ = false;
   int64_t stream_total_, stream_begin_ = 0, stream_end_ = 0;
-  int64_t position_ = 0;                          // blocks before the current tile
+  int64_t position_ = 0;                            // blocks before the current tile
   int32_t band_start_ = 0, group_ = 0, token_ = 0;  // of the current tile
-  int32_t blocks_ = 0, step_ = 0;                 // its blocks, the first step to do
+  int32_t blocks_ = 0, step_ = 0;                   // its blocks, the first step to do
 };
 
 }  // namespace spense::heuristics

@@ -17,51 +17,92 @@
 
 namespace spense::sm90 {
 
-// Adds up the segments of a tile that several clusters share. Nobody waits for anybody: each
-// writes its sums, and the last to arrive reads all of them in the order of K, so that the result
-// does not depend on who that is. Returns whether this warpgroup holds the finished sums.
+// Puts the segments of a tile together that several clusters hold. Nobody waits for anybody: each
+// writes its sums, and the last to arrive adds all of them in the order of K, so that the result
+// does not depend on who that is. Works by warpgroup.
 template <class T>
-__device__ bool combine(const Params& p, const Job& job, int cluster, int rank, int warpgroup,
-                        uint32_t ticket_address, float (&sums)[T::kSums]) {
-  const int thread = threadIdx.x % 128;
-  const auto place = [&](int of_cluster, bool holds_step_zero) {
-    const int slot = heuristics::partial_slot(of_cluster, holds_step_zero) * T::kCluster + rank;
-    return reinterpret_cast<float4*>(p.partials) +
-           static_cast<int64_t>(slot) * (kTileRows * T::kTokens / 4) + warpgroup * 128 + thread;
-  };
-  float4* mine = place(cluster, job.x_begin == 0);
+class Combiner {
+ public:
+  using Sums = float (&)[T::kParts][T::kSums];
+
+  __device__ Combiner(const Params& p, uint32_t smem, int cluster, int rank, int warpgroup)
+      : p_(p),
+        ticket_(smem + T::kTickets + 4 * warpgroup),
+        cluster_(cluster),
+        rank_(rank),
+        warpgroup_(warpgroup) {}
+
+  // Whether the warpgroup holds the finished sums now.
+  __device__ bool combine(const Job& job, Sums sums) const {
+    const int others = job.last - job.first;
+    uint32_t* counter = p_.counters + (job.first * T::kCluster + rank_) * 2 + warpgroup_;
+    // Where the sums are just two, or these come first, they may stay in registers.
+    const bool may_keep = others == 1 || cluster_ == job.first;
+    if (may_keep && share([&] { return ptx::load_relaxed(counter); }) == others) {
+      if (thread() == 0) ptx::store_relaxed(counter, 0);
+      ptx::fence_gpu();
+      for (int c = job.first; c <= job.last; ++c) {
+        if (c != cluster_) add(place(c, c == job.first), sums);
+      }
+      return true;
+    }
+    store(place(cluster_, job.x_begin == 0), sums);
+    ptx::named_barrier_sync(1 + warpgroup_, 128);
+    // Ordered after every store of the warpgroup by the barrier. Back to 0 after the last.
+    if (share([&] { return ptx::atomic_ticket(counter, others); }) != others) return false;
+    ptx::fence_gpu();
 #pragma unroll
-  for (int i = 0; i < T::kSums / 4; ++i) {
-    __stcg(mine + i * T::kConsumerThreads, make_float4(sums[4 * i], sums[4 * i + 1],
-                                                       sums[4 * i + 2], sums[4 * i + 3]));
+    for (int part = 0; part < T::kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < T::kSums; ++i) sums[part][i] = 0;
+    }
+    for (int c = job.first; c <= job.last; ++c) add(place(c, c == job.first), sums);
+    return true;
   }
-  ptx::named_barrier_sync(1 + warpgroup, 128);
-  if (thread == 0) {
-    __threadfence();  // with the barrier, after every store of the warpgroup
-    uint32_t* counter = p.counters + (job.first * T::kCluster + rank) * 2 + warpgroup;
-    const uint32_t ticket = atomicInc(counter, job.last - job.first);  // back to 0 after the last
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(ticket_address), "r"(ticket) : "memory");
+
+ private:
+  static constexpr int kVectors = T::kParts * T::kSums / 4;  // of 4 sums, of a thread
+
+  __device__ static int thread() { return threadIdx.x % 128; }
+
+  // What thread 0 finds, told to the warpgroup.
+  template <class Find>
+  __device__ int share(Find find) const {
+    if (thread() == 0) ptx::store_shared(ticket_, find());
+    ptx::named_barrier_sync(1 + warpgroup_, 128);
+    const uint32_t found = ptx::load_shared(ticket_);
+    ptx::named_barrier_sync(1 + warpgroup_, 128);
+    return static_cast<int>(found);
   }
-  ptx::named_barrier_sync(1 + warpgroup, 128);
-  uint32_t ticket;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(ticket) : "r"(ticket_address) : "memory");
-  if (static_cast<int>(ticket) != job.last - job.first) return false;
-  __threadfence();
+  __device__ float4* place(int cluster, bool holds_step_zero) const {
+    const int slot = heuristics::partial_slot(cluster, holds_step_zero) * T::kCluster + rank_;
+    return reinterpret_cast<float4*>(p_.partials) +
+           static_cast<int64_t>(slot) * (kVectors * T::kConsumerThreads) + warpgroup_ * 128 +
+           thread();
+  }
+  __device__ static void store(float4* to, Sums sums) {
 #pragma unroll
-  for (int i = 0; i < T::kSums; ++i) sums[i] = 0;
-  for (int c = job.first; c <= job.last; ++c) {
-    const float4* part = place(c, c == job.first);
-#pragma unroll
-    for (int i = 0; i < T::kSums / 4; ++i) {
-      const float4 v = __ldcg(part + i * T::kConsumerThreads);
-      sums[4 * i] += v.x;
-      sums[4 * i + 1] += v.y;
-      sums[4 * i + 2] += v.z;
-      sums[4 * i + 3] += v.w;
+    for (int i = 0; i < kVectors; ++i) {
+      const float* v = &sums[i / (T::kSums / 4)][i % (T::kSums / 4) * 4];
+      __stcg(to + i * T::kConsumerThreads, make_float4(v[0], v[1], v[2], v[3]));
     }
   }
-  return true;
-}
+  __device__ static void add(const float4* from, Sums sums) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const float4 v = __ldcg(from + i * T::kConsumerThreads);
+      float* to = &sums[i / (T::kSums / 4)][i % (T::kSums / 4) * 4];
+      to[0] += v.x;
+      to[1] += v.y;
+      to[2] += v.z;
+      to[3] += v.w;
+    }
+  }
+
+  const Params& p_;
+  uint32_t ticket_;
+  int cluster_, rank_, warpgroup_;
+};
 
 template <typename Out>
 __device__ Out convert(float v);
@@ -106,15 +147,32 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
   }
 }
 
-// Scales the sums of one warpgroup and writes them.
+// Scales 64 rows of sums of one warpgroup and writes them. The factors are fetched when it is made,
+// so that they are there when the sums are.
 template <class T>
-struct Writer {
-  const Params& p;
-  int token0, row0;  // of this thread's warp: first token of the tile, first of 16 rows
+class Writer {
+ public:
+  // token0: first token of the tile; row0: first of the 16 rows of this warp.
+  __device__ void start(const Params& p, int token0, int row0) {
+    p_ = &p;
+    token0_ = token0;
+    row0_ = row0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = min(row0 + lane() / 4 + 8 * h, p.n - 1);
+      w_scale_[h] = __ldg(p.w_scale + row);
+      bias_[h] = p.bias ? __ldg(p.bias + row) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kScaleRegisters; ++i) {
+      const int token = min(token0 + lane() + 32 * i, p.m - 1);
+      x_scale_[i] = __ldcg(p.x_scale + token * p.x_scale_step);
+    }
+  }
 
   __device__ void store(float (&sums)[T::kSums]) const {
     scale(sums);
-    switch (p.out) {
+    switch (p_->out) {
       case OutType::kBFloat16:
         store_16bit<__nv_bfloat16>(sums);
         break;
@@ -128,27 +186,22 @@ struct Writer {
   }
 
  private:
-  __device__ int lane() const { return threadIdx.x % 32; }
+  static constexpr int kScaleRegisters = (T::kTokens + 31) / 32;  // lane l holds tokens l + 32 i
+
+  __device__ static int lane() { return threadIdx.x % 32; }
 
   __device__ __forceinline__ void scale(float (&sums)[T::kSums]) const {
-    float w_scale[2], bias[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = min(row0 + lane() / 4 + 8 * h, p.n - 1);
-      w_scale[h] = __ldg(p.w_scale + row);
-      bias[h] = p.bias ? __ldg(p.bias + row) : 0.0f;
-    }
 #pragma unroll
     for (int j = 0; j < T::kTokens / 8; ++j) {
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const int token = min(token0 + 8 * j + lane() % 4 * 2 + t, p.m - 1);
-        const float x_scale = p.x_scale[token * p.x_scale_step];
+        const int from = j % 4 * 8 + lane() % 4 * 2 + t;
+        const float x_scale = __shfl_sync(~0u, x_scale_[j / 4], from);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float& v = sums[4 * j + 2 * h + t];
-          v = __fmul_rn(__fmul_rn(v, x_scale), w_scale[h]);
-          if (p.bias) v = __fadd_rn(v, bias[h]);
+          v = __fmul_rn(__fmul_rn(v, x_scale), w_scale_[h]);
+          if (p_->bias) v = __fadd_rn(v, bias_[h]);
         }
       }
     }
@@ -158,7 +211,7 @@ struct Writer {
   // that a warp's store fills whole 32-byte sectors.
   template <typename Out>
   __device__ __forceinline__ void store_16bit(const float (&sums)[T::kSums]) const {
-    if (!p.wide_rows) {
+    if (!p_->wide_rows) {
       store_each<Out>(sums);
       return;
     }
@@ -177,9 +230,9 @@ struct Writer {
       }
       transpose_quad(v);
       const int group = j + quad_lane / 2;
-      const int token = token0 + 8 * group + lane() / 4, row = row0 + quad_lane % 2 * 8;
-      if (group < kGroups && token < p.m && row < p.n) {
-        Out* y = static_cast<Out*>(p.y) + static_cast<int64_t>(token) * p.n + row;
+      const int token = token0_ + 8 * group + lane() / 4, row = row0_ + quad_lane % 2 * 8;
+      if (group < kGroups && token < p_->m && row < p_->n) {
+        Out* y = static_cast<Out*>(p_->y) + static_cast<int64_t>(token) * p_->n + row;
         *reinterpret_cast<uint4*>(y) = make_uint4(v[0], v[1], v[2], v[3]);
       }
     }
@@ -189,13 +242,17 @@ struct Writer {
   __device__ __forceinline__ void store_each(const float (&sums)[T::kSums]) const {
 #pragma unroll
     for (int i = 0; i < T::kSums; ++i) {
-      const int token = token0 + i / 4 * 8 + lane() % 4 * 2 + i % 2;
-      const int row = row0 + lane() / 4 + i / 2 % 2 * 8;
-      if (token < p.m && row < p.n) {
-        static_cast<Out*>(p.y)[static_cast<int64_t>(token) * p.n + row] = convert<Out>(sums[i]);
+      const int token = token0_ + i / 4 * 8 + lane() % 4 * 2 + i % 2;
+      const int row = row0_ + lane() / 4 + i / 2 % 2 * 8;
+      if (token < p_->m && row < p_->n) {
+        static_cast<Out*>(p_->y)[static_cast<int64_t>(token) * p_->n + row] = convert<Out>(sums[i]);
       }
     }
   }
+
+  const Params* p_;
+  int token0_, row0_;
+  float w_scale_[2], bias_[2], x_scale_[kScaleRegisters];
 };
 
 }  // namespace spense::sm90

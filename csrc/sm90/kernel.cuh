@@ -7,23 +7,26 @@
 // its dense ones, into the same sums. Weight rows are the M of the instruction, tokens its N.
 //
 // Persistent CTAs, one a multiprocessor; with residency 2 the next kernel's fit beside them:
-//   warps 0-3, 4-7   consumers, 64 weight rows each: multiply, combine, scale, store
-//   warp 8           weights: walks the heuristics::Schedule, tells the others (JobRing), and copies
+//   warps 0-3, 4-7   consumers, 64 rows of the CTA's tile or a tile each: multiply, combine, store
+//   warp 8           weights: walks the heuristics::Schedule, tells the others (JobRing), and
+//   copies
 //                    units, which starts before the kernel ahead has finished
 //   warp 9           activations: tensor copies, shared by the CTAs of the cluster
 #pragma once
 
 #include "device/launch.h"
+#include "device/tile_table.cuh"
 #include "sm90/epilogue.cuh"
+#include "sm90/loaders.cuh"
 #include "sm90/mainloop.cuh"
 
 namespace spense::sm90 {
 
 template <class T>
 __device__ void init_barriers(uint32_t smem) {
-  for (int i = 0; i < T::kWStages; ++i) {
+  for (int i = 0; i < T::kWSlots; ++i) {
     ptx::barrier_init(smem + T::kWFull + 8 * i, heuristics::w_full_arrivals());
-    ptx::barrier_init(smem + T::kWEmpty + 8 * i, heuristics::w_empty_arrivals());
+    ptx::barrier_init(smem + T::kWEmpty + 8 * i, heuristics::w_empty_arrivals(T::kConfig));
   }
   for (int i = 0; i < T::kXStages; ++i) {
     ptx::barrier_init(smem + T::kXFull + 8 * i, heuristics::x_full_arrivals());
@@ -49,11 +52,14 @@ __device__ __forceinline__ void sync_cluster() {
 template <class T>
 __device__ __forceinline__ void load_weights(const Params& p, uint32_t smem, JobRing<T>& jobs,
                                              int cluster, int rank) {
-  const DeviceTable table{p.tiles, p.schedule.row_tiles, p.schedule.stream_blocks, T::kCluster};
-  heuristics::Schedule<DeviceTable, T::kCluster> schedule(p.schedule, table, cluster);
+  constexpr int kGroup = heuristics::group_tiles(T::kConfig);
+  const device::DeviceTable table{p.tiles, p.schedule.row_tiles, p.schedule.stream_blocks, kGroup};
+  heuristics::Schedule<device::DeviceTable, kGroup> schedule(p.schedule, table, cluster);
   heuristics::Segment segment;
   WeightLoader<T> loader(p, smem);
-  while (schedule.next(segment)) loader.load(segment.group * T::kCluster + rank, segment, jobs);
+  while (schedule.next(segment)) {
+    loader.load(segment.group * kGroup + rank * T::kRowTiles, segment, jobs);
+  }
   jobs.put(Job{-1});
 }
 
@@ -77,28 +83,34 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
   ptx::grid_dependency_wait();  // before anything is read that the kernel ahead wrote
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warpgroup = warp / 4;
   Multiplier<T> multiplier(smem, warpgroup);
-  float sums[T::kSums];
+  const Combiner<T> combiner(p, smem, cluster, rank, warpgroup);
+  float sums[T::kParts][T::kSums];
   while (true) {
     jobs.wait();
-    const Job units = jobs.read();
-    if (units.row_tile < 0) break;
-    multiplier.run(sums, units.sparse, units.dense);
+    const Job work = jobs.read();
+    if (work.row_tile < 0) break;
+    const int row0 = T::kRowTiles == 2
+                         ? (work.row_tile + warpgroup) * kTileRows + warp % 4 * 16
+                         : work.row_tile * kTileRows + warpgroup * T::kPartRows + warp % 4 * 16;
+    Writer<T> writer[T::kParts];
+#pragma unroll
+    for (int part = 0; part < T::kParts; ++part) {
+      writer[part].start(p, work.token_tile * T::kTokens, row0 + part * T::kPartRows);
+    }
+    const int sparse = T::kRowTiles == 2 && warpgroup == 1 ? work.sparse[1] : work.sparse[0];
+    multiplier.run(sums, sparse, work.x_end - work.x_begin - 2 * sparse);
     const Job job = jobs.read();  // again, so that it takes no registers meanwhile
     jobs.done();
-    const bool finished =
-        job.first == job.last ||
-        combine<T>(p, job, cluster, rank, warpgroup, smem + T::kTickets + 4 * warpgroup, sums);
-    if (!finished) continue;
-    const int row0 = job.row_tile * kTileRows + warpgroup * T::kWarpgroupRows + warp % 4 * 16;
-    Writer<T>{p, job.token_tile * T::kTokens, row0}.store(sums);
+    if (job.first != job.last && !combiner.combine(job, sums)) continue;
+#pragma unroll
+    for (int part = 0; part < T::kParts; ++part) writer[part].store(sums[part]);
   }
 }
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kResidency)
     hybrid_gemm(const __grid_constant__ Params p) {
-  extern __shared__ __align__(1024) uint8_t smem_memory[];
-  const uint32_t smem = ptx::smem_address(smem_memory);
+  const uint32_t smem = ptx::dynamic_smem();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const WarpRole role = warp < 8    ? WarpRole::kConsumer
                         : warp == 8 ? WarpRole::kWeights

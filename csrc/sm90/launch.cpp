@@ -5,7 +5,6 @@
 #include <stdexcept>
 #include <string_view>
 
-#include "device/tensor_map.h"
 #include "sm90/params.h"
 
 namespace spense::sm90 {
@@ -31,13 +30,15 @@ constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000
 
 }  // namespace
 
-void launch(const cuda::GemmPlan& plan, const cuda::GemmArgs& args, void* partials,
-            uint32_t* counters, cuda::Stream stream) {
+cuda::ByteMatrix x_matrix(const heuristics::GemmConfig& config, const GemmArgs& args) {
+  return {args.x, args.m, args.k, args.x_stride, config.tokens / config.cluster};
+}
+
+void launch(const heuristics::GemmConfig& config, const heuristics::ScheduleParams& schedule,
+            const GemmArgs& args, void* partials, uint32_t* counters, cuda::Stream stream) {
   constexpr int kWideStore = 16;
-  const heuristics::GemmConfig& config = *plan.config;
   Params p = {};
-  p.x_map = cuda::tensor_map(
-      {args.x, args.m, args.k, args.x_stride, config.tokens / config.cluster});
+  p.x_map = cuda::tensor_map(x_matrix(config, args));
   p.w = args.w;
   p.tiles = reinterpret_cast<const int4*>(args.tiles);
   p.x_scale = args.x_scale;
@@ -46,15 +47,14 @@ void launch(const cuda::GemmPlan& plan, const cuda::GemmArgs& args, void* partia
   p.y = args.y;
   p.partials = static_cast<float*>(partials);
   p.counters = counters;
-  p.w_policy = plan.schedule.token_tiles == 1 ? kEvictFirst : kEvictNormal;
+  p.w_policy = schedule.token_tiles == 1 ? kEvictFirst : kEvictNormal;
   p.x_scale_step = static_cast<int32_t>(args.x_scale_step);
   p.m = static_cast<int32_t>(args.m);
   p.n = static_cast<int32_t>(args.n);
-  p.ahead = plan.ahead;
   p.out = args.out;
   p.wide_rows = args.n * bytes_of(args.out) % kWideStore == 0 &&
                 reinterpret_cast<uintptr_t>(args.y) % kWideStore == 0;
-  p.schedule = plan.schedule;
+  p.schedule = schedule;
   for (const Instance& instance : kInstances) {
     if (instance.name == config.name) return instance.launch(p, stream);
   }

@@ -1,11 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "cuda/gemm.h"
+#include "core/gemm_args.h"
+#include "device/stream.h"
+#include "device/tensor_map.h"
+#include "heuristics/gemm.h"
 
 namespace spense::sm90 {
 
-void launch(const cuda::GemmPlan& plan, const cuda::GemmArgs& args, void* partials,
-            uint32_t* counters, cuda::Stream stream);
+// How the kernels of a config read x.
+cuda::ByteMatrix x_matrix(const heuristics::GemmConfig& config, const GemmArgs& args);
+
+void launch(const heuristics::GemmConfig& config, const heuristics::ScheduleParams& schedule,
+            const GemmArgs& args, void* partials, uint32_t* counters, cuda::Stream stream);
 
 }  // namespace spense::sm90

@@ -3,10 +3,9 @@
 // The instructions are CuTe's atoms; this file chooses one by kTokens and spreads the array.
 #pragma once
 
+#include <cstdint>
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/arch/mma_sm90_gmma_sparse.hpp>
-
-#include <cstdint>
 #include <utility>
 
 namespace spense::sm90 {
@@ -14,11 +13,11 @@ namespace spense::sm90 {
 template <int kTokens>
 struct Atoms;
 
-#define SPENSE_ATOMS(N)                                                                \
-  template <>                                                                          \
-  struct Atoms<N> {                                                                    \
-    using Dense = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<>;               \
-    using Sparse = cute::SM90::GMMA::SPARSE::GMMA_64x##N##x64_F32E4M3E4M3_SS_TN<>;     \
+#define SPENSE_ATOMS(N)                                                            \
+  template <>                                                                      \
+  struct Atoms<N> {                                                                \
+    using Dense = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<>;           \
+    using Sparse = cute::SM90::GMMA::SPARSE::GMMA_64x##N##x64_F32E4M3E4M3_SS_TN<>; \
   };
 SPENSE_ATOMS(8)
 SPENSE_ATOMS(16)
@@ -41,7 +40,8 @@ __device__ __forceinline__ uint64_t operand(uint32_t address) {
 template <int kTokens>
 __device__ __forceinline__ void mma_dense(float (&sums)[kTokens / 2], uint64_t w, uint64_t x,
                                           bool accumulate) {
-  const auto scale = accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
+  const auto scale =
+      accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
   [&]<size_t... i>(std::index_sequence<i...>) {
     Atoms<kTokens>::Dense::fma(w, x, sums[i]..., scale);
   }(std::make_index_sequence<kTokens / 2>{});
@@ -52,32 +52,11 @@ __device__ __forceinline__ void mma_dense(float (&sums)[kTokens / 2], uint64_t w
 template <int kTokens>
 __device__ __forceinline__ void mma_sparse(float (&sums)[kTokens / 2], uint64_t w, uint64_t x,
                                            uint32_t metadata, bool accumulate) {
-  const auto scale = accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
+  const auto scale =
+      accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
   [&]<size_t... i>(std::index_sequence<i...>) {
     Atoms<kTokens>::Sparse::fma(w, x, sums[i]..., metadata, scale);
   }(std::make_index_sequence<kTokens / 2>{});
-}
-
-__device__ __forceinline__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void mma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-// Waits until at most kPending groups are under way.
-template <int kPending>
-__device__ __forceinline__ void mma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// Keeps the compiler from moving uses of the sums across this point.
-template <int kCount>
-__device__ __forceinline__ void pin(float (&registers)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
-}
-template <int kCount>
-__device__ __forceinline__ void pin(uint32_t (&registers)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
 }  // namespace spense::sm90

@@ -25,9 +25,8 @@ struct Params {
   uint32_t* counters;    // [CTAs, 2], zero between launches
   uint64_t w_policy;     // L2 policy of the weights
   int32_t x_scale_step, m, n;
-  int32_t ahead;         // weight units to prefetch into L2 behind the first ring
   OutType out;
-  bool wide_rows;        // rows of y begin at 16-byte boundaries
+  bool wide_rows;  // rows of y begin at 16-byte boundaries
   heuristics::ScheduleParams schedule;
 };
 

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+// The rings of a CTA and the warps that fill them.
+//
+//   barrier    one a slot of  completed by                                       waited for by
+//   w_full     each w ring    the copy's bytes, after the weight warp armed it   its consumers
+//   w_empty    each w ring    each consumer warp that reads the tile             weight warp
+//   x_full     x ring         the bytes of all copies of the cluster             consumers
+//   x_empty    x ring         each consumer warp of each CTA of the cluster      activation warp
+//   job_full   jobs           the weight warp                                    all others
+//   job_empty  jobs           each consumer warp and the activation warp         weight warp
+//
+// Fillers wait for the parity before theirs, which a fresh barrier reports as complete.
+#pragma once
+
+#include "device/ptx.cuh"
+#include "sm90/traits.cuh"
+
+namespace spense::sm90 {
+
+// A place in a ring and the parity of the pass over it.
+template <int kStages>
+struct Cursor {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++slot == kStages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Hands segments from the weight warp to the other warps of the CTA.
+template <class T>
+class JobRing {
+ public:
+  __device__ explicit JobRing(uint32_t smem) : smem_(smem) {}
+
+  // The weight warp.
+  __device__ void put(const Job& job) {
+    ptx::barrier_wait(smem_ + T::kJobEmpty + 8 * at_.slot, at_.parity ^ 1);
+    if (ptx::lane_id() == 0) {
+      const uint32_t to = smem_ + T::kJobs + at_.slot * heuristics::kJobBytes;
+      ptx::store_shared_v4(to, make_uint4(job.row_tile, job.token_tile, job.x_begin, job.x_end));
+      ptx::store_shared_v4(to + 16, make_uint4(job.first, job.last, job.sparse[0], job.sparse[1]));
+      ptx::barrier_arrive(smem_ + T::kJobFull + 8 * at_.slot);
+    }
+    __syncwarp();
+    at_.advance();
+  }
+
+  // Everybody else: wait, read (as often as needed), done.
+  __device__ void wait() const {
+    ptx::barrier_wait(smem_ + T::kJobFull + 8 * at_.slot, at_.parity);
+  }
+  __device__ Job read() const {
+    const uint32_t from = smem_ + T::kJobs + at_.slot * heuristics::kJobBytes;
+    const uint4 a = ptx::load_shared_v4(from), b = ptx::load_shared_v4(from + 16);
+    return Job{static_cast<int>(a.x),
+               static_cast<int>(a.y),
+               static_cast<int>(a.z),
+               static_cast<int>(a.w),
+               static_cast<int>(b.x),
+               static_cast<int>(b.y),
+               {static_cast<int>(b.z), static_cast<int>(b.w)}};
+  }
+  __device__ void done() {
+    __syncwarp();
+    if (ptx::lane_id() == 0) ptx::barrier_arrive(smem_ + T::kJobEmpty + 8 * at_.slot);
+    at_.advance();
+  }
+
+ private:
+  uint32_t smem_;
+  Cursor<T::kJobStages> at_;
+};
+
+// Fills the w rings of this CTA. It never waits for the kernel before: weights do not come from it.
+template <class T>
+class WeightLoader {
+ public:
+  __device__ WeightLoader(const Params& p, uint32_t smem) : p_(p), smem_(smem) {}
+
+  // Publishes the segment and fetches its units, step by step through the CTA's row tiles. Missing
+  // tiles of the last group repeat the last tile; their rows lie beyond n.
+  __device__ void load(int row_tile, const heuristics::Segment& s, JobRing<T>& jobs) {
+    const int k_blocks = p_.schedule.k_blocks;
+    Job job{row_tile, s.token_tile, 2 * s.step_begin, min(2 * s.step_end, k_blocks), s.first,
+            s.last,   {0, 0}};
+    Tile tiles[T::kRowTiles];
+#pragma unroll
+    for (int t = 0; t < T::kRowTiles; ++t) {
+      const int4 entry = __ldg(&p_.tiles[min(row_tile + t, p_.schedule.row_tiles - 1)]);
+      tiles[t].units = p_.w + static_cast<int64_t>(entry.x) * format::kBlockBytes;
+      tiles[t].sparse_units = entry.y;
+      job.sparse[t] = min(s.step_end, entry.y) - min(s.step_begin, entry.y);
+    }
+    jobs.put(job);
+    for (int step = s.step_begin; step < s.step_end; ++step) {
+#pragma unroll
+      for (int t = 0; t < T::kRowTiles; ++t) {
+        const uint8_t* unit = tiles[t].unit(step);
+        if (step < tiles[t].sparse_units) {
+          put(t, unit, kSparseUnitBytes);
+        } else {
+          put(t, unit, kDenseUnitBytes);
+          if (2 * step + 1 < k_blocks) put(t, unit + kDenseUnitBytes, kDenseUnitBytes);
+        }
+      }
+    }
+  }
+
+ private:
+  struct Tile {
+    const uint8_t* units;
+    int sparse_units;
+
+    __device__ const uint8_t* unit(int step) const {
+      const int64_t sparse = min(step, sparse_units), dense = 2 * (step - sparse);
+      return units + sparse * kSparseUnitBytes + dense * kDenseUnitBytes;
+    }
+  };
+
+  __device__ void put(int tile, const uint8_t* unit, uint32_t bytes) {
+    Cursor<T::kWStages>& at = at_[tile];
+    const int slot = tile * T::kWStages + at.slot;
+    ptx::barrier_wait(smem_ + T::kWEmpty + 8 * slot, at.parity ^ 1);
+    if (ptx::lane_id() == 0) {
+      const uint32_t full = smem_ + T::kWFull + 8 * slot;
+      ptx::barrier_arrive_expect(full, bytes);
+      ptx::bulk_copy(smem_ + slot * T::kWStageBytes, unit, bytes, full, p_.w_policy);
+    }
+    __syncwarp();
+    at.advance();
+  }
+
+  const Params& p_;
+  uint32_t smem_;
+  Cursor<T::kWStages> at_[T::kRowTiles];
+};
+
+// Fetches this CTA's share of each block of x and hands it to the whole cluster.
+template <class T>
+class ActivationLoader {
+ public:
+  __device__ ActivationLoader(const Params& p, uint32_t smem, uint32_t rank)
+      : p_(p), smem_(smem), rank_(rank) {}
+
+  __device__ void load(const Job& job) {
+    const int row = job.token_tile * T::kTokens + static_cast<int>(rank_) * T::kXBoxTokens;
+    for (int block = job.x_begin; block < job.x_end; ++block) put(block * kRowBytes, row);
+  }
+
+ private:
+  __device__ void put(int column, int row) {
+    ptx::barrier_wait(smem_ + T::kXEmpty + 8 * at_.slot, at_.parity ^ 1);
+    if (ptx::lane_id() == 0) {
+      const uint32_t full = smem_ + T::kXFull + 8 * at_.slot;
+      const uint32_t slot = smem_ + T::kXRing + at_.slot * T::kXStageBytes;
+      ptx::barrier_arrive_expect(full, T::kXStageBytes);
+      if constexpr (T::kCluster > 1) {
+        constexpr uint16_t kEveryone = (1u << T::kCluster) - 1;
+        ptx::tensor_copy_2d_multicast(slot + rank_ * T::kXBoxTokens * kRowBytes, &p_.x_map, column,
+                                      row, full, kEveryone, ptx::kEvictLast);
+      } else {
+        ptx::tensor_copy_2d(slot, &p_.x_map, column, row, full, ptx::kEvictLast);
+      }
+    }
+    __syncwarp();
+    at_.advance();
+  }
+
+  const Params& p_;
+  uint32_t smem_, rank_;
+  Cursor<T::kXStages> at_;
+};
+
+}  // namespace spense::sm90
