@@ -153,13 +153,37 @@ def test_from_fraction_rounds_to_the_granule(k, d, shards, width):
     assert Split.from_fraction(128, k, d, k_shards=shards).widths == [width]
 
 
-def test_constants_are_those_of_the_kernels():
+def test_constants_and_sizes_are_those_of_the_kernels():
     from spense_kernels import _C
 
     native = _C.format
-    for name in dir(layout):
-        if name.isupper() and hasattr(native, name):
-            assert getattr(native, name) == getattr(layout, name), name
+    names = [name for name in dir(native) if name.isupper()]
+    assert len(names) >= 12
+    assert {n: getattr(native, n) for n in names} == {n: getattr(layout, n) for n in names}
+    assert [n for n in range(16) if native.legal_nibble(n)] == list(layout.LEGAL_NIBBLES)
+    for k in (1, 127, 128, 129, 640, 5120):
+        assert native.padded_k(k) == layout.padded_k(k)
+        for sparse in range(0, k + 1, 64):
+            units = native.sparse_units(sparse)
+            assert layout.units_of(k, sparse) == (units, native.dense_units(k, units))
+
+
+@given(splits())
+def test_payload_sizes_are_those_of_the_packer(split):
+    from spense_kernels import _C
+
+    sizes = _C.format.payload_sizes(split.n, split.k, split.widths, split.k_shards)
+    assert (sizes["values"], sizes["indices"], sizes["dense"]) == split.payload_bytes()
+    assert (sizes["packed"], sizes["tiles"]) == (split.packed_bytes, split.tiles)
+
+
+def test_a_split_keeps_its_own_arrays():
+    perm, width = random_perm(64), torch.tensor([16], dtype=torch.int32)
+    split = Split(1, 64, perm, width)
+    before = copy.deepcopy(split)
+    perm.fill_(0)
+    width.fill_(0)
+    assert split == before
 
 
 def test_split_survives_copies_and_a_meta_default_device():

@@ -75,6 +75,10 @@ def test_every_byte_stands_where_the_layout_says(shape):
 
 
 def test_values_fill_a_unit_once():
+    from spense_kernels import _C
+
+    places = value_offsets().tolist()
+    assert places == [[_C.format.value_offset(m, j) for j in range(128)] for m in range(128)]
     assert value_offsets().flatten().sort().values.tolist() == list(range(layout.VALUE_BYTES))
 
 
@@ -147,3 +151,19 @@ def test_packed_form_moves_and_prints():
     packed = weight.pack("meta")
     assert {t.device.type for t in (packed.w_packed, packed.w_tiles, packed.gather)} == {"meta"}
     assert repr(weight.pack()) == ("PackedWeight(n=130, k=256, bytes=65536, layout=1, device=cpu)")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_gpu_encodes_and_packs_the_same_bytes(shape):
+    split = random_split(*shape, seed=4)
+    weight = random_weight(split, seed=4, bias=True, negative_zeros=0.05)
+    there = HybridWeight.from_dense(
+        weight.to_dense().cuda(), weight.w_scale.cuda(), split, weight.bias.cuda()
+    ).validate()
+    assert there.to("cpu").equal(weight)
+    packed, expected = there.pack(), weight.pack()
+    assert_bitwise(packed.w_packed, expected.w_packed)
+    assert_bitwise(packed.w_tiles, expected.w_tiles)
+    assert packed.unpack(split, there.w_scale, there.bias).equal(there)
+    assert HybridWeight.from_state_dict(there.state_dict()).equal(there)

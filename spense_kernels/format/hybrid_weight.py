@@ -137,8 +137,8 @@ class HybridWeight:
             "indices": self.indices,
             "dense": self.dense.view(torch.float8_e4m3fn),
             "w_scale": self.w_scale,
-            "k_perm": self.split.k_perm.to(device),
-            "dense_width": self.split.dense_width.to(device),
+            "k_perm": self.split.k_perm.to(device, copy=True),
+            "dense_width": self.split.dense_width.to(device, copy=True),
         }
         if self.bias is not None:
             state["bias"] = self.bias

@@ -310,7 +310,8 @@ def _int32(value, name: str, dims: int) -> Tensor:
         raise FormatError(f"Split: {name} must have an integer dtype, got {tensor.dtype}")
     if tensor.dim() != dims:
         raise FormatError(f"Split: {name} must have {dims} dimensions, got {list(tensor.shape)}")
-    narrow = tensor.to(torch.int32).contiguous()
+    # A copy: a split must not change with the caller's tensor (or the file it is mapped to).
+    narrow = tensor.to(torch.int32, copy=True).contiguous()
     if not torch.equal(narrow.long(), tensor.long()):
         raise FormatError(f"Split: {name} must fit int32")
     return narrow
