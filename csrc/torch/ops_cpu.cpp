@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops of spense_kernels/ops.py on the CPU: check, choose, allocate, call. Schemas live there.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -13,7 +11,7 @@
 #include "cpu/gemm.h"
 #include "cpu/quantize.h"
 #include "format/pack.h"
-#include "torch/checks.h"
+#include "torch/common.h"
 
 namespace spense::ops {
 namespace {
@@ -25,19 +23,6 @@ Tensor empty_cpu(std::initializer_list<int64_t> shape, ScalarType type) {
   return torch::stable::empty(sizes, type);
 }
 
-template <typename T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-T* mutable_data(Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// Elements between two rows; a single row may carry any stride.
-int64_t row_stride(const Tensor& x) { return x.size(0) > 1 ? x.stride(0) : x.size(1); }
-
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
@@ -48,11 +33,6 @@ std::unique_ptr<void, Free> aligned_workspace(size_t bytes) {
   std::unique_ptr<void, Free> memory(rounded ? std::aligned_alloc(kAlignment, rounded) : nullptr);
   if (rounded && !memory) throw std::bad_alloc();
   return memory;
-}
-
-void throw_unless_ok(const char* op, const format::Status& status) {
-  if (!status.ok())
-    throw std::runtime_error("spense::" + std::string(op) + ": " + status.message());
 }
 
 // Runs check(begin, end) over all tiles and throws the problem of the first tile that has one.
@@ -114,23 +94,16 @@ Tensor hybrid_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& w_tile
 
 std::tuple<Tensor, Tensor> quantize_fp8(const Tensor& x, std::optional<Tensor> gather) {
   constexpr const char* op = "quantize_fp8";
-  const TensorArg x_arg = SPENSE_ARG(op, x);
-  check_rows(x_arg);
+  check_quantize(x, gather);
   cpu::QuantizeArgs args;
-  args.in = float_type(x_arg, x.scalar_type());
+  args.in = float_type({op, "x"}, x.scalar_type());
   args.m = x.size(0);
   args.k = x.size(1);
-  check_at_least_one({op, "x.shape[1]"}, args.k);
   if (gather) {
-    const TensorArg gather_arg{{op, "gather"}, *gather};
-    check_dtype(gather_arg, {ScalarType::Int});
-    check_shape(gather_arg, {args.k});
-    check_contiguous(gather_arg);
-    check_same_device(gather_arg, x_arg);
     args.gather = data<int32_t>(*gather);
     if (const int64_t bad = cpu::first_bad_gather(args.gather, args.k); bad >= 0) {
-      gather_arg.fail("expected columns in [0, ", args.k, "), got ", args.gather[bad],
-                      " at position ", bad);
+      Arg{op, "gather"}.fail("expected columns in [0, ", args.k, "), got ", args.gather[bad],
+                             " at position ", bad);
     }
   }
   args.y_stride = format::padded_k(args.k);
@@ -146,31 +119,7 @@ std::tuple<Tensor, Tensor> quantize_fp8(const Tensor& x, std::optional<Tensor> g
     parallel_for(0, args.m, rows_worth_a_thread,
                  [&](int64_t begin, int64_t end) { config->run(args, begin, end); });
   }
-  // Not aten::narrow: the result must not be known to autograd as a view.
-  const int64_t sizes[] = {args.m, args.k};
-  const int64_t strides[] = {args.y_stride, 1};
-  AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(padded.get(), 2, sizes, strides, 0, &view));
-  return {Tensor(view), scale};
-}
-
-// The split as pack and unpack get it. `widths` must outlive the result.
-format::PayloadLayout payload_layout(const char* op, const std::vector<int64_t>& widths, int64_t n,
-                                     int64_t k, int64_t k_shards) {
-  check_at_least_one({op, "n"}, n);
-  if (static_cast<int64_t>(widths.size()) != format::tile_count(n)) {
-    Arg{op, "dense_width"}.fail("expected ", format::tile_count(n),
-                                " widths (one for each 128 rows of n), got ", widths.size());
-  }
-  const format::SplitDesc split{n, k, k_shards, widths.data()};
-  throw_unless_ok(op, format::check_split(split));
-  return format::PayloadLayout(split);
-}
-
-void check_bytes(const TensorArg& arg, int64_t expected) {
-  check_dtype(arg, {ScalarType::Byte});
-  check_shape(arg, {expected});
-  check_contiguous(arg);
+  return {first_columns(padded, args.k), scale};
 }
 
 std::tuple<Tensor, Tensor> pack(const Tensor& values, const Tensor& indices, const Tensor& dense,
@@ -179,12 +128,7 @@ std::tuple<Tensor, Tensor> pack(const Tensor& values, const Tensor& indices, con
   constexpr const char* op = "pack";
   const auto layout = payload_layout(op, dense_width, n, k, k_shards);
   const auto sizes = layout.sizes();
-  check_bytes(SPENSE_ARG(op, values), sizes.values);
-  check_bytes(SPENSE_ARG(op, indices), sizes.indices);
-  check_bytes(SPENSE_ARG(op, dense), sizes.dense);
-  check_same_device(SPENSE_ARG(op, indices), SPENSE_ARG(op, values));
-  check_same_device(SPENSE_ARG(op, dense), SPENSE_ARG(op, values));
-
+  check_payload_arrays(values, indices, dense, sizes);
   for_tiles(op, sizes.tiles, [&](int64_t begin, int64_t end) {
     return format::check_payload(layout, data<uint8_t>(values), data<uint8_t>(indices),
                                  data<uint8_t>(dense), begin, end);
