@@ -34,7 +34,12 @@ class _Demo:
         self.settings = settings
         self.steps = Steps(total=8)
         self.methods: list[dict] = []
-        self.config = PruneConfig(dense_fraction=settings.dense_fraction, seed=settings.seed)
+        self.config = PruneConfig(
+            dense_fraction=settings.dense_fraction,
+            refit_steps=settings.refit_steps,
+            search_rounds=settings.search_rounds,
+            seed=settings.seed,
+        )
 
     def run(self) -> dict:
         with self.steps.step(f"load {self.settings.model}"):

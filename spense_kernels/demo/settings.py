@@ -23,6 +23,7 @@ class DemoSettings:
         text: the user's text files; empty takes Python's documentation.
         dense_fraction: share of every layer's columns that stays dense in the hybrid model.
         calibration_windows, test_windows: windows of `length` tokens each.
+        refit_steps, search_rounds: the pruner's, below its defaults to keep to the time.
         new_tokens: length of the generated continuations.
         prompts: their beginnings.
     """
@@ -37,6 +38,8 @@ class DemoSettings:
     length: int = 512
     calibration_windows: int = 64
     test_windows: int = 16
+    refit_steps: int = 12
+    search_rounds: int = 100
     new_tokens: int = 40
     prompts: tuple[str, ...] = field(default=PROMPTS)
 
@@ -44,6 +47,13 @@ class DemoSettings:
     def preset(cls, short: bool, **overrides) -> DemoSettings:
         """The full demo, or the same path with less text for continuous integration."""
         if short:
-            small = {"calibration_windows": 16, "test_windows": 4, "new_tokens": 12}
-            overrides = {**small, "prompts": PROMPTS[:2], **overrides}
+            small = {
+                "calibration_windows": 16,
+                "test_windows": 4,
+                "refit_steps": 4,
+                "search_rounds": 20,
+                "new_tokens": 12,
+                "prompts": PROMPTS[:2],
+            }
+            overrides = {**small, **overrides}
         return cls(short=short, **overrides)
