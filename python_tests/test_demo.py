@@ -3,6 +3,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -195,3 +198,9 @@ def test_steps_count_a_child_on_top_of_the_parent(capsys):
     assert steps.peak_bytes == (1 << 50) + 1
     assert list(steps.seconds) == ["first"]
     assert "[1/2] first" in capsys.readouterr().err
+
+
+def test_the_readme_shows_the_committed_results():
+    script = Path(__file__).parent.parent / "bench" / "readme.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

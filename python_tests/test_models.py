@@ -144,3 +144,9 @@ def test_cache_folder_that_cannot_be_made(monkeypatch, tmp_path):
     monkeypatch.setenv("SPENSE_CACHE", str(blocker / "cache"))
     with pytest.raises(SpenseError, match="cannot make the cache folder"):
         gemma.gguf_path()
+
+
+def test_a_missing_package_names_the_extra():
+    models.need("torch", "transformers")
+    with pytest.raises(UserError, match=r"no_such_module .*spense-kernels\[demo\]"):
+        models.need("torch", "no_such_module", extra="demo")

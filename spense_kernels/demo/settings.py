@@ -48,7 +48,7 @@ class DemoSettings:
         """The full demo, or the same path with less text for continuous integration."""
         if short:
             small = {
-                "calibration_windows": 16,
+                "calibration_windows": 8,
                 "test_windows": 4,
                 "refit_steps": 4,
                 "search_rounds": 20,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ def load_any(source, dtype: torch.dtype | None = None, device: str = "cpu") -> L
 
 
 def _load_gguf(path: Path, dtype: torch.dtype):
+    need("gguf", "accelerate")
     transformers = _transformers()
     folder, file = str(path.parent), path.name
     with shared_reader(), _as_user_error(path):
@@ -158,10 +160,18 @@ def _ready(model):
 def _transformers():
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    need("transformers")
     import transformers
 
     transformers.logging.set_verbosity_error()
     return transformers
+
+
+def need(*modules: str, extra: str = "models") -> None:
+    """Raise UserError that names the pip extra when a module is not installed."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"{module} is not installed (pip install 'spense-kernels[{extra}]')")
 
 
 class _as_user_error:
