@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prune_model on tiny models of four families: end to end, baselines, faults, resuming."""
+"""prune_model on tiny models of four families: end to end, statistics, baselines, options."""
 
 from __future__ import annotations
 
@@ -9,55 +9,32 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("transformers")
+
+from prune_models import (
+    FAMILIES,
+    Keep,
+    distance,
+    make,
+    pruned_tensors,
+    quick,
+    same,
+    tokens_for_calibration,
+)
+
 from spense_kernels import prune
 from spense_kernels.errors import PruneError
 from spense_kernels.linear import SpenseLinear
-from spense_kernels.prune import PruneConfig, collect_statistics, prune_model, shallow_clone
+from spense_kernels.prune import collect_statistics, prune_model, shallow_clone
 from spense_kernels.prune.calibrate import LayerWalk
-from spense_kernels.prune.groups import decoder_layers
-from spense_kernels.prune.install import PrunedModule
 from spense_kernels.prune.mask import is_2to4
 from spense_kernels.prune.sensitivity import output_sensitivity
 from spense_kernels.quant import quantize_weight
 
-transformers = pytest.importorskip("transformers")
-
-COMMON = {
-    "vocab_size": 211,
-    "hidden_size": 48,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-FAMILIES = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", {"attention_bias": True}),
-    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 16}),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 12}),
-    "gemma3": (
-        "Gemma3TextConfig",
-        "Gemma3ForCausalLM",
-        {"head_dim": 12, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
-}
-QUICK = {"search_rounds": 3, "search_rows": 64, "refit_steps": 4, "sensitivity_sequences": 2}
-
-
-def quick(**changes) -> PruneConfig:
-    return PruneConfig(**{**QUICK, **changes})
-
-
-def make(family: str, **changes):
-    config, model, extra = FAMILIES[family]
-    torch.manual_seed(0)
-    settings = getattr(transformers, config)(**{**COMMON, **extra, **changes})
-    return getattr(transformers, model)(settings).eval().requires_grad_(False)
-
 
 @pytest.fixture(scope="module")
 def tokens():
-    return torch.randint(0, 211, (6, 32), generator=torch.Generator().manual_seed(1))
+    return tokens_for_calibration()
 
 
 @pytest.fixture(scope="module")
@@ -68,39 +45,6 @@ def gemma():
 @pytest.fixture(scope="module")
 def gemma_statistics(gemma, tokens):
     return collect_statistics(gemma, tokens, quick(strategy="staircase"))
-
-
-class Keep:
-    """on_layer that only collects what would be installed."""
-
-    def __init__(self):
-        self.layers: list[dict[str, PrunedModule]] = []
-
-    def __call__(self, layer, modules):
-        self.layers.append(modules)
-
-    def tensors(self):
-        for modules in self.layers:
-            for name, pruned in sorted(modules.items()):
-                for field, value in vars(pruned).items():
-                    yield name, field, value
-
-
-def pruned_tensors(model, tokens, config, **options):
-    keep = Keep()
-    prune_model(model, tokens, config, on_layer=keep, **options)
-    return keep
-
-
-def same(a: Keep, b: Keep) -> bool:
-    pairs = zip(a.tensors(), b.tensors(), strict=True)
-    return all(
-        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for (*_, x), (*_, y) in pairs
-    )
-
-
-def distance(model, other, tokens) -> float:
-    return float((model(tokens).logits - other(tokens).logits).square().mean())
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "staircase"])
@@ -326,177 +270,3 @@ def test_sequential_calibration_differs_after_the_first_layer(gemma, tokens, gem
     config = quick(calibration="sequential")
     with pytest.raises(PruneError, match="sequential"):
         prune_model(target, tokens, config, statistics=gemma_statistics)
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize(("strategy", "calibration"), [
-    ("uniform", "static"), ("staircase", "static"), ("uniform", "sequential"),
-])  # fmt: skip
-def test_resume_after_a_kill_is_bitwise_the_same(strategy, calibration, gemma, tokens, tmp_path,
-                                                 monkeypatch):  # fmt: skip
-    config = quick(strategy=strategy, calibration=calibration)
-    whole = Keep()
-    prune_model(shallow_clone(gemma), tokens, config, on_layer=whole)
-    from spense_kernels.prune import driver
-
-    done = []
-    real = driver.compress
-
-    def dying(problem, *rest):
-        if problem.name.startswith("model.layers.1.mlp"):
-            raise Killed
-        done.append(problem.name)
-        return real(problem, *rest)
-
-    monkeypatch.setattr(driver, "compress", dying)
-    with pytest.raises(Killed):
-        prune_model(shallow_clone(gemma), tokens, config, work_dir=tmp_path, on_layer=Keep())
-    assert (tmp_path / "layer_0000.pt").exists()
-    assert not (tmp_path / "layer_0001.pt").exists()
-
-    def counting(problem, *rest):
-        done.append(problem.name)
-        return real(problem, *rest)
-
-    monkeypatch.setattr(driver, "compress", counting)
-    done.clear()
-    resumed = Keep()
-    target = shallow_clone(gemma)
-    report = prune_model(target, tokens, config, work_dir=tmp_path, on_layer=resumed)
-    assert all(name.startswith("model.layers.1.") for name in done)
-    assert done
-    assert same(whole, resumed)
-    assert any("work_dir" in note for note in report.notes)
-
-
-def test_work_dir_of_another_run_is_refused(gemma, tokens, tmp_path):
-    prune_model(shallow_clone(gemma), tokens, quick(), work_dir=tmp_path, on_layer=Keep())
-    with pytest.raises(PruneError, match="work_dir"):
-        prune_model(shallow_clone(gemma), tokens, quick(seed=1), work_dir=tmp_path)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "file").write_text("x")
-    with pytest.raises(PruneError, match="empty"):
-        prune_model(shallow_clone(gemma), tokens, quick(), work_dir=tmp_path / "other")
-
-
-def test_damaged_layer_file_is_done_again(gemma, tokens, tmp_path):
-    whole = pruned_tensors(shallow_clone(gemma), tokens, quick(), work_dir=tmp_path)
-    data = (tmp_path / "layer_0001.pt").read_bytes()
-    (tmp_path / "layer_0001.pt").write_bytes(data[: len(data) // 2])
-    assert same(whole, pruned_tensors(shallow_clone(gemma), tokens, quick(), work_dir=tmp_path))
-
-
-def test_nan_weight_names_the_projection(tokens):
-    model = make("llama")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
-    with pytest.raises(PruneError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has NaN"):
-        prune_model(model, tokens, quick())
-    assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)  # nothing was replaced
-
-
-def test_inf_activation_names_the_projection(tokens):
-    model = make("llama")
-    with torch.no_grad():
-        model.model.layers[1].post_attention_layernorm.weight[7] = float("inf")
-    with pytest.raises(PruneError, match=r"model\.layers\.1\.mlp\.gate_proj has NaN or Inf"):
-        collect_statistics(model, tokens, quick())
-
-
-def test_dead_channel_is_pruned_and_noted(tokens):
-    model = make("llama")
-    with torch.no_grad():
-        model.model.layers[0].input_layernorm.weight[5] = 0.0
-    keep = Keep()
-    report = prune_model(model, tokens, quick(), on_layer=keep)
-    assert any("q_proj: 1 dead inputs" in note for note in report.notes)
-    assert not keep.layers[0]["self_attn.q_proj"].dequantized()[:, 5].any()
-
-
-def test_one_token_calibration_is_singular_but_works():
-    model = make("qwen3")
-    report = prune_model(model, torch.tensor([[1, 2]]), quick())
-    assert all(m.relative_error >= 0 for m in report.modules)
-    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
-
-
-def test_biases_are_kept(tokens):
-    model = make("llama")
-    with torch.no_grad():
-        model.model.layers[0].self_attn.q_proj.bias.copy_(torch.randn(48))
-    expected = model.model.layers[0].self_attn.q_proj.bias.clone()
-    prune_model(model, tokens, quick())
-    assert torch.equal(model.model.layers[0].self_attn.q_proj.hybrid_weight().bias, expected)
-
-
-def test_skip_leaves_projections_alone(gemma, tokens):
-    target = shallow_clone(gemma)
-    report = prune_model(target, tokens, quick(skip=("mlp.down_proj", "layers.0.self_attn")))
-    assert isinstance(target.model.layers[0].mlp.down_proj, nn.Linear)
-    assert isinstance(target.model.layers[0].self_attn.q_proj, nn.Linear)
-    assert isinstance(target.model.layers[1].self_attn.q_proj, SpenseLinear)
-    assert not any("down_proj" in m.name for m in report.modules)
-
-
-@pytest.mark.parametrize(("calibration", "text"), [
-    (torch.zeros(2, 8), "int64"), (torch.zeros(8, dtype=torch.int64), "int64"),
-    (torch.zeros(0, 8, dtype=torch.int64), "int64"), (torch.full((1, 8), 999), "999"),
-    ([[1, 2]], "int64"), (torch.full((1, 8), -1), "-1"),
-])  # fmt: skip
-def test_bad_calibration(calibration, text, gemma):
-    with pytest.raises(PruneError, match=text):
-        collect_statistics(gemma, calibration)
-
-
-@pytest.mark.parametrize("changes", [
-    {"dense_fraction": 1.5}, {"method": "obd"}, {"refit_steps": -1}, {"k_shards": 0},
-    {"widths": ()}, {"widths": (0.0, 2.0)}, {"damping": 0.0}, {"seed": 1.5},
-    {"strategy": "staircase", "method": "wanda"}, {"dense_fraction": float("nan")},
-])  # fmt: skip
-def test_bad_settings(changes):
-    with pytest.raises(PruneError, match="PruneConfig"):
-        PruneConfig(**changes)
-
-
-def test_mismatched_statistics_are_refused(gemma, tokens, gemma_statistics):
-    config = quick(token_weighting="none")
-    with pytest.raises(PruneError, match="token_weighting"):
-        prune_model(gemma, tokens, config, statistics=gemma_statistics)
-    with pytest.raises(PruneError, match="another calibration"):
-        prune_model(gemma, tokens[:2], quick(), statistics=gemma_statistics)
-    plain = collect_statistics(gemma, tokens, quick())
-    with pytest.raises(PruneError, match="sensitivity"):
-        prune_model(gemma, tokens, quick(strategy="staircase"), statistics=plain)
-
-
-def test_a_pruned_model_is_refused(tokens):
-    model = make("llama")
-    prune_model(model, tokens, quick())
-    with pytest.raises(PruneError, match="pruned already"):
-        decoder_layers(model)
-
-
-def test_progress_sees_every_layer(gemma, tokens):
-    events = []
-
-    class Progress:
-        def start(self, stage, total):
-            events.append([stage, total, 0])
-
-        def advance(self, count=1):
-            events[-1][2] += count
-
-        def finish(self):
-            pass
-
-    statistics = collect_statistics(gemma, tokens, quick(strategy="staircase"), progress=Progress())
-    prune_model(
-        gemma, tokens, quick(strategy="staircase"), statistics=statistics, progress=Progress(),
-        on_layer=Keep(),
-    )  # fmt: skip
-    assert events == [
-        [stage, 2, 2] for stage in ("calibrate", "sensitivity", "row losses", "prune")
-    ]

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from corpus import load_prose
+from corpus import Prose, load_prose
 from measure import both_statistics, mean_and_error, window_losses
 from variants import VARIANTS
 
@@ -33,6 +33,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results/quality.json"))
     parser.add_argument("--cache", type=Path, default=Path(".cache/quality"))
+    parser.add_argument("--model", default="gemma-3-270m", help="what load_dense takes")
     parser.add_argument("--calibration", type=int, default=128, help="windows of 512 tokens")
     parser.add_argument("--test", type=int, default=64, help="windows of 512 tokens, at most 128")
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration windows")
@@ -47,12 +48,9 @@ def main() -> None:
     unknown = sorted(set(names) - set(VARIANTS))
     if unknown:
         raise SystemExit(f"--only: no row {unknown[0]!r}; there are {list(VARIANTS)}")
-    loaded = load_dense("gemma-3-270m", torch.bfloat16)
-    model = loaded.model
-    prose = load_prose(
-        loaded.tokenizer, options.cache / "packages", options.calibration, options.test,
-        seed=options.seed,
-    )  # fmt: skip
+    loaded = load_dense(options.model, torch.bfloat16)
+    model = loaded.model.to(options.device)
+    prose = cached_prose(loaded.tokenizer, options)
     results = open_results(options, prose)
     statistics = cached_statistics(model, prose.calibration, options)
     for name in names:
@@ -70,6 +68,7 @@ def open_results(options, prose) -> dict:
     """The output file's content when its set-up is the same, else a new table."""
     setup = {
         "model": "gemma-3-270m (GGUF Q4_K_M, dequantised to bfloat16)",
+        "activations": "FP8 a token in rows with FP8, else bfloat16",
         "calibration_windows": options.calibration,
         "test_windows": options.test,
         "outside_windows": prose.outside.shape[0],
@@ -85,8 +84,21 @@ def open_results(options, prose) -> dict:
         if found["setup"] == setup:
             return found
         raise SystemExit(f"{options.out} holds another set-up; name another --out")
-    machine = {"cpu": cpu_name(), "torch": torch.__version__, "device": options.device}
+    machine = {"cpu": cpu_name(), "torch": torch.__version__, "device": device_name(options)}
     return {"setup": setup, "machine": machine, "rows": {}}
+
+
+def cached_prose(tokenizer, options) -> Prose:
+    """Windows from the cache folder, or made from the packages and kept there."""
+    name = f"prose_{options.calibration}_{options.test}_{options.seed}.pt"
+    path = options.cache / name
+    if path.exists():
+        return Prose(**torch.load(path, weights_only=True))
+    prose = load_prose(
+        tokenizer, options.cache / "packages", options.calibration, options.test, seed=options.seed
+    )
+    write_atomic(path, lambda file: torch.save(vars(prose), file))
+    return prose
 
 
 def cached_statistics(model, calibration, options) -> dict[str, Statistics]:
@@ -95,8 +107,6 @@ def cached_statistics(model, calibration, options) -> dict[str, Statistics]:
     if not all(path.exists() for path in paths.values()):
         folder.mkdir(parents=True, exist_ok=True)
         print("statistics", flush=True)
-        if options.device != "cpu":
-            model.to(options.device)
         for name, found in both_statistics(model, calibration, options.device).items():
             found.save(paths[name])
     return {name: Statistics.load(path) for name, path in paths.items()}
@@ -118,7 +128,6 @@ def run_variant(name: str, model, prose, statistics, options) -> dict:
         row["mean_relative_error"] = round(report.mean_relative_error, 6)
         row["config"] = config.to_json()
     begin = time.monotonic()
-    target.to(options.device)
     for part in ("test", "outside"):
         losses = window_losses(target, getattr(prose, part), prose.vocabulary, options.device)
         nll, error = mean_and_error(losses)
@@ -154,6 +163,11 @@ def show(results: dict) -> None:
             f"{test.get('r_stderr', math.nan):6.3f} {outside['ppl']:12.2f} "
             f"{row.get('prune_seconds', 0):8.1f}"
         )
+
+
+def device_name(options) -> str:
+    is_gpu = options.device.startswith("cuda")
+    return torch.cuda.get_device_name(options.device) if is_gpu else options.device
 
 
 def cpu_name() -> str:

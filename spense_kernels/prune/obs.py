@@ -41,6 +41,7 @@ class _Rules:
     low: int
     high: int
     coupled: bool
+    ragged: bool  # K leaves a last group of three
     mask: Tensor | None  # [B, K, N]
     scale: Tensor | None  # [B, N]
 
@@ -91,7 +92,8 @@ def _make_rules(weight, dense_start, sparse_start, mask, scale, coupled) -> _Rul
     high = int(stop.max())
     if mask is not None:
         mask = mask.transpose(1, 2)
-    return _Rules(start, stop, sparse_start, high, coupled, mask, scale)
+    ragged = weight.shape[2] % 4 == 3
+    return _Rules(start, stop, sparse_start, high, coupled, ragged, mask, scale)
 
 
 def _sweep_block(work: Tensor, keep: Tensor, factor: Tensor, first: int, rules: _Rules) -> Tensor:
@@ -133,7 +135,7 @@ def _choose(group, factor, costs, index: int, place: int, rules: _Rules) -> Tens
         keep = choose_pair(group, costs[:, index]) | (room < 4)
     else:
         keep = torch.ones_like(group, dtype=torch.bool)
-    if size >= 3 and bool((room == 3).any()):
+    if rules.ragged and size >= 3:
         single = choose_single(group[:, :3], factor[:, :3, :3])
         keep[:, :3] = torch.where(room == 3, single, keep[:, :3])
     return keep
