@@ -36,7 +36,7 @@ GemmPlan plan(const GemmArgs& args, int threads) {
   plan.kind = args.m <= kNarrowMax ? kNarrow : kWide;
   const bool narrow = plan.kind == kNarrow;
   plan.workspace_bytes = narrow ? NarrowX::bytes(args) : WideX::bytes(args);
-  plan.prepare_items = args.m;
+  cut_prepare(plan, args.m, args.k);
   // A narrow item makes as many passes as it needs; the weights then come from L2.
   plan.m_block = narrow ? kNarrowMax : kWideMBlock;
   plan.row_block = narrow ? kNarrowRowBlock : kWideRowBlock;
@@ -54,11 +54,12 @@ GemmPlan plan(const GemmArgs& args, int threads) {
 }
 
 void prepare(const GemmPlan& plan, void* workspace, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
+  const int64_t last = min64(end * plan.prepare_block, plan.args.m);
+  for (int64_t m = begin * plan.prepare_block; m < last; ++m) {
     if (plan.kind == kNarrow) {
-      prepare_narrow(plan.args, NarrowX(plan.args, workspace), i);
+      prepare_narrow(plan.args, NarrowX(plan.args, workspace), m);
     } else {
-      prepare_wide(plan.args, WideX(plan.args, workspace), i);
+      prepare_wide(plan.args, WideX(plan.args, workspace), m);
     }
   }
 }

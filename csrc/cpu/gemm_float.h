@@ -47,7 +47,8 @@ struct FloatGemm {
     plan.threads = threads;
     plan.kind = args.m < kGroup ? kNarrow : kWide;
     plan.workspace_bytes = (padded_m(plan) * format::padded_k(args.k) + args.m) * sizeof(float);
-    plan.prepare_items = plan.kind == kWide ? format::ceil_div(args.m, kGroup) : args.m;
+    const int group = plan.kind == kWide ? kGroup : 1;
+    cut_prepare(plan, format::ceil_div(args.m, group), args.k * group);
     plan.m_block = kMBlock;
     plan.row_block = kRowBlock;
     const int64_t m_blocks = format::ceil_div(args.m, plan.m_block);
@@ -63,10 +64,11 @@ struct FloatGemm {
     const GemmArgs& args = plan.args;
     const int64_t k_padded = format::padded_k(args.k);
     const int rows = plan.kind == kWide ? kGroup : 1;
-    for (int64_t item = begin; item < end; ++item) {
-      float* out = packed_x(workspace) + item * rows * k_padded;
+    const int64_t last = min64(end * plan.prepare_block, format::ceil_div(args.m, rows));
+    for (int64_t group = begin * plan.prepare_block; group < last; ++group) {
+      float* out = packed_x(workspace) + group * rows * k_padded;
       for (int i = 0; i < rows; ++i) {
-        const int64_t m = item * rows + i;
+        const int64_t m = group * rows + i;
         const uint8_t* x = m < args.m ? args.x + m * args.x_stride : nullptr;
         for (int64_t k = 0; k < k_padded; ++k) {
           out[k * rows + i] =
