@@ -47,11 +47,10 @@ def test_resume_after_a_kill_is_bitwise_the_same(strategy, calibration, gemma, t
     done = []
     real = driver.compress
 
-    def dying(problem, *rest):
-        if problem.name.startswith("model.layers.1.mlp"):
+    def dying(problems, *rest):
+        if problems[0].name.startswith("model.layers.1.mlp"):
             raise Killed
-        done.append(problem.name)
-        return real(problem, *rest)
+        return real(problems, *rest)
 
     monkeypatch.setattr(driver, "compress", dying)
     with pytest.raises(Killed):
@@ -59,12 +58,11 @@ def test_resume_after_a_kill_is_bitwise_the_same(strategy, calibration, gemma, t
     assert (tmp_path / "layer_0000.pt").exists()
     assert not (tmp_path / "layer_0001.pt").exists()
 
-    def counting(problem, *rest):
-        done.append(problem.name)
-        return real(problem, *rest)
+    def counting(problems, *rest):
+        done.extend(problem.name for problem in problems)
+        return real(problems, *rest)
 
     monkeypatch.setattr(driver, "compress", counting)
-    done.clear()
     resumed = Keep()
     target = shallow_clone(gemma)
     report = prune_model(target, tokens, config, work_dir=tmp_path, on_layer=resumed)

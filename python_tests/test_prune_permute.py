@@ -12,7 +12,14 @@ from spense_kernels.errors import PruneError
 from spense_kernels.format import Split
 from spense_kernels.prune.compress import Problem, choose_order, gather_order, rank_columns
 from spense_kernels.prune.config import PruneConfig
-from spense_kernels.prune.permute import retained, search, snake, split_values
+from spense_kernels.prune.permute import (
+    _values_at_once,
+    _values_one_by_one,
+    retained,
+    search,
+    snake,
+    split_values,
+)
 from spense_kernels.prune.saliency import column_scores
 from spense_kernels.prune.widths import (
     TileCosts,
@@ -48,6 +55,13 @@ def test_split_values_against_definition():
     torch.testing.assert_close(values.double(), torch.tensor(expected, dtype=torch.float64),
                                rtol=1e-6, atol=0)  # fmt: skip
     assert len(expected) == 35
+
+
+def test_both_ways_to_value_splits_agree():
+    eight = torch.randperm(40, generator=generator())[:40].view(5, 8)
+    columns = heavy_tailed(17, 40).T.contiguous()
+    one, other = _values_one_by_one(columns, eight), _values_at_once(columns, eight)
+    torch.testing.assert_close(one, other, rtol=17 * 2**-23, atol=0)  # sums of 17 in any order
 
 
 def test_search_never_lowers_the_retained_saliency():
@@ -137,7 +151,7 @@ def test_activation_aware_columns_beat_random_ones(kind):
     for score in (kind, "random"):
         problem = Problem("p", [weight], x.T @ x, [torch.tensor([32])])
         config = PruneConfig(score=score, permutation="none", refit_steps=0, fp8=False)
-        errors[score] = compress(problem, config, generator()).errors[0]
+        errors[score] = compress([problem], config, [generator()])[0].errors[0]
     assert errors[kind] < 0.8 * errors["random"]
 
 

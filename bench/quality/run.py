@@ -121,7 +121,12 @@ def run_variant(name: str, model, prose, statistics, options) -> dict:
         if config.calibration == "static":
             given = statistics[config.token_weighting]
         report = prune_model(
-            target, prose.calibration, config, statistics=given, device=options.device
+            target,
+            prose.calibration,
+            config,
+            statistics=given,
+            device=options.device,
+            layers_at_once=1 if options.device == "cpu" else 18,
         )
         row["prune_seconds"] = round(time.monotonic() - begin, 1)
         row["dense_fraction"] = round(report.dense_fraction, 4)
