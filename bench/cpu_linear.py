@@ -86,7 +86,8 @@ class Weights:
         return Competitors(
             linear=lambda i: F.linear(x, self.bf16[i % len(self.bf16)]),
             gemm=gemm,
-            layer=lambda i: gemm(i, *ops.quantize_fp8(x, self.gather)),
+            # Not the copy that `gemm` has just read.
+            layer=lambda i: gemm(i + len(self.packed) // 2, *ops.quantize_fp8(x, self.gather)),
             packed_bytes=self.packed[0].numel(),
             dense_fraction=self.split.dense_fraction,
             copies=(len(self.bf16), len(self.packed)),
