@@ -36,10 +36,7 @@ class _Demo:
         self.steps = Steps(total=8)
         self.methods: list[dict] = []
         self.config = PruneConfig(
-            dense_fraction=settings.dense_fraction,
-            refit_steps=settings.refit_steps,
-            search_rounds=settings.search_rounds,
-            seed=settings.seed,
+            dense_fraction=settings.dense_fraction, seed=settings.seed, **settings.pruner
         )
 
     def run(self) -> dict:

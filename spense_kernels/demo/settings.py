@@ -23,7 +23,7 @@ class DemoSettings:
         text: the user's text files; empty takes Python's documentation.
         dense_fraction: share of every layer's columns that stays dense in the hybrid model.
         calibration_windows, test_windows: windows of `length` tokens each.
-        refit_steps, search_rounds: the pruner's, below its defaults to keep to the time.
+        pruner: PruneConfig values that differ from its defaults.
         new_tokens: length of the generated continuations.
         prompts: their beginnings.
     """
@@ -38,8 +38,7 @@ class DemoSettings:
     length: int = 512
     calibration_windows: int = 64
     test_windows: int = 16
-    refit_steps: int = 12
-    search_rounds: int = 100
+    pruner: dict = field(default_factory=dict)
     new_tokens: int = 40
     prompts: tuple[str, ...] = field(default=PROMPTS)
 
@@ -50,8 +49,7 @@ class DemoSettings:
             small = {
                 "calibration_windows": 8,
                 "test_windows": 4,
-                "refit_steps": 4,
-                "search_rounds": 20,
+                "pruner": {"refit_steps": 4, "search_rounds": 10},
                 "new_tokens": 12,
                 "prompts": PROMPTS[:2],
             }
