@@ -14,7 +14,7 @@ import torch
 
 from spense_kernels.errors import CheckpointError, SpenseError, UserError
 from spense_kernels.models import gemma
-from spense_kernels.models.gguf import check_gguf, shared_reader
+from spense_kernels.models.gguf import check_gguf, check_tokenizer, shared_reader
 
 _LICENCE_NAMES = ("license", "licence", "notice", "use_policy", "terms")
 
@@ -118,6 +118,7 @@ def _load_gguf(path: Path, dtype: torch.dtype):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, gguf_file=file, local_files_only=True
         )
+    check_tokenizer(tokenizer, path)
     # The weights are plain tensors now; a saved configuration must not ask for the GGUF reader.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
