@@ -284,3 +284,32 @@ def test_sequential_calibration_differs_after_the_first_layer(gemma, tokens, gem
     config = quick(calibration="sequential")
     with pytest.raises(PruneError, match="sequential"):
         prune_model(target, tokens, config, statistics=gemma_statistics)
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "staircase"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_lm_head_only_when_asked(family, strategy, tokens):
+    """Gemma's head is tied to its embedding, which must stay as it is."""
+    model = make(family)
+    target = shallow_clone(model)
+    config = quick(modules=("lm_head",), strategy=strategy)
+    report = prune_model(target, tokens, config)
+    assert isinstance(target.lm_head, SpenseLinear)
+    assert report.modules[-1].name == "lm_head"
+    assert torch.equal(target.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert 0 < report.modules[-1].relative_error < 0.3
+    statistics = collect_statistics(model, tokens, config)
+    hidden = model.model(tokens).last_hidden_state.flatten(0, 1).double()
+    found = statistics.layers[-1].hessians["lm_head"].double()
+    torch.testing.assert_close(found, hidden.T @ hidden, rtol=1e-4, atol=1e-4)
+    given = pruned_tensors(model, tokens, config, statistics=statistics)
+    assert same(given, pruned_tensors(model, tokens, config))
+    with pytest.raises(PruneError, match="lack the module"):
+        plain = collect_statistics(model, tokens, quick())
+        prune_model(model, tokens, quick(modules=("lm_head",)), statistics=plain)
+
+
+def test_modules_must_be_linears_outside_the_layers(gemma, tokens):
+    for name in ("model.embed_tokens", "head", "model.layers.0.mlp.up_proj"):
+        with pytest.raises(PruneError, match=r"PruneConfig\.modules"):
+            prune_model(gemma, tokens, quick(modules=(name,)), on_layer=Keep())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError
-from spense_kernels.prune.groups import Group, GroupProbe, decoder_layers
+from spense_kernels.prune.groups import Group, GroupProbe, decoder_layers, outside_modules
 from spense_kernels.prune.hessian import accumulate, symmetrize, token_weights
 
 
@@ -75,6 +75,7 @@ class LayerWalk:
         self.device = torch.device(device)
         self.hidden: list[Tensor] = []
         self._arguments: dict[int, list] = {}
+        self._ids: list[Tensor] = []
         self._home = next(self.layers[0].parameters()).device
         self._tuple_out = False
         with torch.no_grad():
@@ -107,6 +108,7 @@ class LayerWalk:
         with overridden(self.layers, make), suppress(_Stop):
             model(input_ids=ids.to(vocabulary.weight.device), use_cache=False)
         self._arguments.setdefault(ids.shape[0], calls)
+        self._ids.append(ids.to(vocabulary.weight.device))
 
     def name(self, index: int) -> str:
         return f"{self.prefix}.{index}."
@@ -177,6 +179,54 @@ class LayerWalk:
                     f"prune: the calibration input of {self.name(index)}{name} has NaN or Inf"
                 )
         return sums
+
+    @torch.no_grad()
+    def outside(
+        self, model: nn.Module, names: tuple[str, ...]
+    ) -> tuple[list[Group], dict[str, Tensor]]:
+        """Groups and Hessians of modules that run behind the last layer (lm_head).
+
+        Call it when every layer has been walked; the layers do not run again.
+        """
+        found = outside_modules(model, self.prefix, names)
+        groups = [Group((name,), module.in_features) for name, module in found.items()]
+        sums = {g.name: torch.zeros(g.k, g.k, device=self._home) for g in groups}
+        seen: set[str] = set()
+
+        def tap(name):
+            def hook(module, args):
+                accumulate(sums[name], args[0].flatten(0, -2).to(self._home))
+                seen.add(name)
+                if len(seen) == len(found):
+                    raise _Stop
+
+            return hook
+
+        handles = [m.register_forward_pre_hook(tap(name)) for name, m in found.items()]
+        try:
+            for ids, hidden in zip(self._ids, self.hidden, strict=True):
+                seen.clear()
+                with overridden(self.layers, self.passing(hidden)), suppress(_Stop):
+                    model(input_ids=ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, hessian in sums.items():
+            if not bool(torch.isfinite(symmetrize(hessian).diagonal()).all()):
+                raise PruneError(f"prune: the calibration input of {name} has NaN or Inf")
+        return groups, sums
+
+    def passing(self, hidden: Tensor):
+        """Layers that hand on their input, the last one `hidden`."""
+
+        def make(index, layer):
+            def skip(*args, **kwargs):
+                given = args[0] if args else kwargs["hidden_states"]
+                return self.as_output(hidden if index == len(self.layers) - 1 else given)
+
+            return skip
+
+        return make
 
 
 def _accumulating(hessian: Tensor, weighted: bool):

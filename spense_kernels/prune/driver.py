@@ -7,27 +7,23 @@ import hashlib
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError
 from spense_kernels.prune.calibrate import LayerWalk, check_calibration
-from spense_kernels.prune.compress import Problem, Solution, compress
+from spense_kernels.prune.compress import compress
 from spense_kernels.prune.config import PruneConfig
-from spense_kernels.prune.groups import Group, decoder_layers
-from spense_kernels.prune.hessian import dead_inputs, permuted
+from spense_kernels.prune.groups import decoder_layers, outside_modules
 from spense_kernels.prune.install import PrunedModule, install, replace_weights
 from spense_kernels.prune.plan import (
     LayerPlan,
     layer_curves,
     seeded,
-    shards_of,
     staircase_plans,
     uniform_plan,
 )
-from spense_kernels.prune.reorder import gated_pairs
 from spense_kernels.prune.report import ModuleReport, PruneReport
 from spense_kernels.prune.statistics import (
     LayerStatistics,
@@ -38,6 +34,7 @@ from spense_kernels.prune.statistics import (
     describe_calibration,
 )
 from spense_kernels.prune.store import Store, model_fingerprint
+from spense_kernels.prune.tasks import alike, layer_tasks
 
 LayerCallback = Callable[[nn.Module, dict[str, PrunedModule]], None]
 
@@ -94,7 +91,9 @@ class _Run:
         self.batch, self.at_once = batch, 1
         self.prefix, self.layers = decoder_layers(model)
         self.report = PruneReport(config, calibration=describe_calibration(calibration))
-        _check_weights(self.prefix, self.layers)
+        # The model itself stands last for the modules outside the layers that were asked for.
+        self.units = [*self.layers, *([model] if config.modules else [])]
+        _check_weights(model, self.prefix, config.modules)
         if statistics is not None:
             check_statistics(statistics, config)
             if statistics.calibration["sha256"] != self.report.calibration["sha256"]:
@@ -110,7 +109,8 @@ class _Run:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def name(self, index: int) -> str:
-        return f"{self.prefix}.{index}."
+        """Prefix of the full names of a unit's modules."""
+        return f"{self.prefix}.{index}." if index < len(self.layers) else ""
 
     @contextmanager
     def _timed(self, stage: str):
@@ -124,9 +124,9 @@ class _Run:
         walk = None
         if self.statistics is None:
             walk = LayerWalk(self.model, self.calibration, self.device, self.batch)
-        self.progress.start("prune", len(self.layers))
-        for first in range(0, len(self.layers), self.at_once):
-            chunk = range(first, min(first + self.at_once, len(self.layers)))
+        self.progress.start("prune", len(self.units))
+        for first in range(0, len(self.units), self.at_once):
+            chunk = range(first, min(first + self.at_once, len(self.units)))
             stored = {index: self.store.get(f"layer_{index:04d}") for index in chunk}
             self._prune_layers(stored, walk, plans)
             for index in chunk:
@@ -140,30 +140,33 @@ class _Run:
         for index, found in stored.items():
             groups, hessians = self._statistics_of(index, walk, needed=found is None)
             if found is None:
-                layer = self.layers[index]
-                plan = plans[index] if plans else uniform_plan(layer, groups, self.config)
-                tasks.append(self._tasks(index, groups, hessians, plan))
+                module = self.units[index]
+                planned = plans is not None and index < len(self.layers)
+                plan = plans[index] if planned else uniform_plan(module, groups, self.config)
+                tasks.append(
+                    layer_tasks(
+                        index, module, groups, hessians, plan, self.config, self.name(index),
+                        self.device,
+                    )
+                )  # fmt: skip
             else:
                 self.report.notes.append(f"{self.name(index)}: taken from work_dir")
         with self._timed("prune"):
-            for layer_tasks in _alike(tasks):
-                names = [task.problem.name for task in layer_tasks]
-                problems = [task.problem for task in layer_tasks]
-                seeds = [seeded(self.config, name) for name in names]
-                for task, solution in zip(
-                    layer_tasks, compress(problems, self.config, seeds), strict=True
-                ):
-                    task.result = _modules(task, solution)
-        for layer_tasks in tasks:
-            index = layer_tasks[0].index
-            modules = {name: m for task in layer_tasks for name, m in task.result.items()}
+            for same in alike(tasks):
+                seeds = [seeded(self.config, task.problem.name) for task in same]
+                solutions = compress([task.problem for task in same], self.config, seeds)
+                for task, solution in zip(same, solutions, strict=True):
+                    task.finish(solution)
+        for of_layer in tasks:
+            index = of_layer[0].index
+            modules = {name: m for task in of_layer for name, m in task.result.items()}
             stored[index] = {name: vars(m) for name, m in modules.items()}
             self.store.put(f"layer_{index:04d}", stored[index])
 
     def _put(self, index: int, stored: dict, walk, on_layer: LayerCallback) -> None:
-        layer = self.layers[index]
+        layer, in_list = self.units[index], index < len(self.layers)
         modules = {name: PrunedModule(**fields) for name, fields in stored.items()}
-        if walk is not None and self.config.calibration == "sequential":
+        if in_list and walk is not None and self.config.calibration == "sequential":
             replace_weights(layer, modules)
             with walk.on_device(index):
                 walk.forward(index)
@@ -178,6 +181,9 @@ class _Run:
         if self.statistics is not None:
             layer = self.statistics.layers[index]
             return layer.groups, layer.hessians
+        if index == len(self.layers):
+            with self._timed("calibrate"):
+                return walk.outside(self.model, self.config.modules) if needed else (None, None)
         static = self.config.calibration == "static"
         with self._timed("calibrate"), walk.on_device(index):
             if not needed:
@@ -197,13 +203,15 @@ class _Run:
                 found = self.store.get(f"curves_{index:04d}")
                 if self.statistics is None:
                     walk = walk or LayerWalk(self.model, self.calibration, self.device, self.batch)
-                if found is None or walk is not None:
-                    groups, hessians = statistics.layers[index].groups, None
-                    if walk is None:
-                        hessians = statistics.layers[index].hessians
-                    else:
-                        with walk.on_device(index):
+                groups, hessians = statistics.layers[index].groups, None
+                if walk is None:
+                    hessians = statistics.layers[index].hessians
+                else:
+                    with walk.on_device(index):
+                        if found is None:
                             hessians = walk.hessians(index, groups, self.config.token_weighting)
+                        else:
+                            walk.forward(index)
                 if found is None:
                     found = layer_curves(
                         layer, groups, hessians, self.config, self.device, self.name(index)
@@ -214,7 +222,7 @@ class _Run:
             self.progress.finish()
             return staircase_plans(
                 list(self.layers),
-                [layer.groups for layer in statistics.layers],
+                [layer.groups for layer in statistics.layers[: len(self.layers)]],
                 curves,
                 statistics.sensitivity,
                 [self.name(i) for i in range(len(self.layers))],
@@ -240,45 +248,6 @@ class _Run:
             statistics.sensitivity = found
         return statistics
 
-    def _tasks(
-        self, index: int, groups: list[Group], hessians: dict[str, Tensor], plan: LayerPlan
-    ) -> list[_Task]:
-        rows, columns = {}, {}
-        for pair in gated_pairs(self.layers[index], groups):
-            if pair.gate in plan.row_order:
-                order = plan.row_order[pair.gate].to(self.device)
-                rows[pair.gate] = rows[pair.up] = columns[pair.down] = order
-        return [self._task(index, g, hessians[g.name], plan, rows, columns) for g in groups]
-
-    def _task(self, index, group: Group, hessian: Tensor, plan, rows, columns) -> _Task:
-        layer = self.layers[index]
-        hessian = hessian.to(self.device)
-        weights, biases = [], []
-        for name in group.modules:
-            module = layer.get_submodule(name)
-            weight, bias = module.weight.detach().to(self.device), module.bias
-            bias = None if bias is None else bias.detach().to(self.device)
-            if name in rows:
-                weight = weight[rows[name]]
-                bias = None if bias is None else bias[rows[name]]
-            if name in columns:
-                weight = weight[:, columns[name]]
-            weights.append(weight)
-            biases.append(bias)
-        if group.name in columns:
-            hessian = permuted(hessian, columns[group.name])
-        weighting = [plan.row_weights[m].to(self.device) for m in group.modules
-                     if m in plan.row_weights]  # fmt: skip
-        problem = Problem(
-            self.name(index) + group.name,
-            weights,
-            hessian,
-            [plan.widths[name] for name in group.modules],
-            shards_of(group, self.config),
-            weighting or None,
-        )
-        return _Task(index, group, problem, biases)
-
     def _record(self, index: int, modules: dict[str, PrunedModule]) -> None:
         for name, pruned in modules.items():
             split, full = pruned.split, self.name(index) + name
@@ -303,53 +272,13 @@ class _Run:
                 self.report.notes.append(f"{full}: {pruned.dead_inputs} dead inputs")
 
 
-@dataclass
-class _Task:
-    index: int
-    group: Group
-    problem: Problem
-    biases: list[Tensor | None]
-    result: dict[str, PrunedModule] = field(default_factory=dict)
-
-
-def _alike(tasks: list[list[_Task]]) -> list[list[_Task]]:
-    """The same group of all layers together where shapes agree, else one by one."""
-    if not tasks:
-        return []
-
-    def shapes(layer_tasks):
-        return [[w.shape for w in task.problem.weights] for task in layer_tasks]
-
-    if all(shapes(layer_tasks) == shapes(tasks[0]) for layer_tasks in tasks):
-        return [list(same) for same in zip(*tasks, strict=True)]
-    return [[task] for layer_tasks in tasks for task in layer_tasks]
-
-
-def _modules(task: _Task, solution: Solution) -> dict[str, PrunedModule]:
-    dead = int(dead_inputs(task.problem.hessian).sum())
-    found = {}
-    for i, name in enumerate(task.group.modules):
-        weight, scale, bias = solution.weights[i], None, task.biases[i]
-        if solution.scales is not None:
-            scale = solution.scales[i].cpu()
-            codes = (weight / solution.scales[i][:, None]).to(torch.float8_e4m3fn)
-            codes = codes.view(torch.uint8)
-            weight = torch.where(codes == 0x80, 0, codes)  # -0 counts as zero
-        found[name] = PrunedModule(
-            weight.cpu(),
-            scale,
-            None if bias is None else bias.cpu(),
-            solution.k_perm,
-            task.problem.widths[i],
-            solution.errors[i],
-            solution.damping,
-            dead,
-        )
-    return found
-
-
-def _check_weights(prefix: str, layers) -> None:
-    for index, layer in enumerate(layers):
-        for name, module in layer.named_modules():
-            if isinstance(module, nn.Linear) and not bool(torch.isfinite(module.weight).all()):
-                raise PruneError(f"prune_model: {prefix}.{index}.{name}.weight has NaN or Inf")
+def _check_weights(model: nn.Module, prefix: str, extra: tuple[str, ...]) -> None:
+    outside_modules(model, prefix, extra)
+    for name, module in model.named_modules():
+        asked = name.startswith(prefix + ".") or name in extra
+        if (
+            asked
+            and isinstance(module, nn.Linear)
+            and not bool(torch.isfinite(module.weight).all())
+        ):
+            raise PruneError(f"prune_model: {name}.weight has NaN or Inf")

@@ -53,6 +53,24 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return found[0][2], found[0][3]
 
 
+def outside_modules(model: nn.Module, prefix: str, names: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """The named nn.Linear outside the decoder layers, whose list is called `prefix`.
+
+    Raises PruneError for a name that is none.
+    """
+    known = dict(model.named_modules())
+    found = {}
+    for name in names:
+        module = known.get(name)
+        if not isinstance(module, nn.Linear) or name.startswith(prefix + "."):
+            raise PruneError(
+                f"PruneConfig.modules: {name!r} must name an nn.Linear outside {prefix}, got "
+                f"{type(module).__name__ if name in known else 'no such module'}"
+            )
+        found[name] = module
+    return found
+
+
 def _linears(layer: nn.Module) -> list[str]:
     return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
 

@@ -109,19 +109,10 @@ def _layer_gradient(walk: LayerWalk, index: int, hidden: Tensor, grad: Tensor) -
 def _head_gradient(model, walk: LayerWalk, ids: Tensor, hidden: Tensor, stride: int) -> Tensor:
     """Gradient of the summed next-token loss by the last layer's output."""
     leaf = hidden.detach().clone().requires_grad_()
-    last = len(walk.layers) - 1
-
-    def make(index, layer):
-        def skip(*args, **kwargs):
-            given = args[0] if args else kwargs["hidden_states"]
-            return walk.as_output(leaf if index == last else given)
-
-        return skip
-
     head = model.get_output_embeddings()
     cap = getattr(model.config, "final_logit_softcapping", None)
     ids = ids.to(leaf.device)
-    with torch.enable_grad(), overridden(walk.layers, make):
+    with torch.enable_grad(), overridden(walk.layers, walk.passing(leaf)):
         final = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         normed = final.detach().requires_grad_()
         rows = max(1, _LOGIT_ELEMENTS // head.weight.shape[0])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spense_kernels.errors import PruneError
 from spense_kernels.prune.calibrate import LayerWalk
 from spense_kernels.prune.config import PruneConfig
-from spense_kernels.prune.groups import Group
+from spense_kernels.prune.groups import Group, decoder_layers
 from spense_kernels.prune.sensitivity import output_sensitivity
 from spense_kernels.prune.store import tensor_digest, write_atomic
 
@@ -43,7 +43,7 @@ class Statistics:
     """Hessians of all layers under the dense model.
 
     Attributes:
-        layers: one a decoder layer.
+        layers: one a decoder layer, and one more for `PruneConfig.modules` when it names any.
         token_weighting: setting they were collected with.
         sensitivity: F float32 [N] by full module name, or None when it was not asked for.
         calibration: {"sequences", "tokens", "sha256"} of the tokens.
@@ -122,6 +122,8 @@ def collect_statistics(
             hessians = walk.hessians(index, groups, config.token_weighting)
         layers.append(LayerStatistics(groups, {k: h.cpu() for k, h in hessians.items()}))
         progress.advance()
+    if config.modules:
+        layers.append(LayerStatistics(*walk.outside(model, config.modules)))
     progress.finish()
     statistics = Statistics(
         layers, config.token_weighting, calibration=describe_calibration(calibration)
@@ -135,11 +137,12 @@ def add_sensitivity(
     statistics: Statistics, model, calibration: Tensor, config: PruneConfig, progress, device
 ) -> None:
     """Fill `statistics.sensitivity` with one backward pass over the last sequences."""
-    progress.start("sensitivity", len(statistics.layers))
+    count = len(decoder_layers(model)[1])
+    progress.start("sensitivity", count)
     statistics.sensitivity = output_sensitivity(
         model,
         calibration[-config.sensitivity_sequences :],
-        [layer.groups for layer in statistics.layers],
+        [layer.groups for layer in statistics.layers[:count]],
         device=device,
         weighting=config.token_weighting,
         stride=config.sensitivity_stride,
@@ -157,5 +160,9 @@ def check_statistics(statistics: Statistics, config: PruneConfig) -> None:
             f"prune_model: statistics have token_weighting {statistics.token_weighting!r}, "
             f"the config asks for {config.token_weighting!r}"
         )
+    known = {name for layer in statistics.layers for g in layer.groups for name in g.modules}
+    missing = [name for name in config.modules if name not in known]
+    if missing:
+        raise PruneError(f"prune_model: statistics lack the module {missing[0]!r}")
     if config.strategy == "staircase" and statistics.sensitivity is None:
         raise PruneError("prune_model: strategy 'staircase' needs statistics with sensitivity")
