@@ -19,16 +19,17 @@ STEPS = re.compile(r"a\d |random|magnitude col|activation|obs col|dense first|se
 
 def table(rows: dict, names: list[str]) -> str:
     lines = [
-        "| row | dense | PPL | nats above dense | R | outside PPL | outside R | prune s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| row | dense | FP8 | PPL | nats above dense | R | outside PPL | outside R | prune s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     base = rows["dense"]["test"]["nll"]
     for name in names:
         row, test, outside = rows[name], rows[name]["test"], rows[name]["outside"]
-        share = f"{row['dense_fraction']:.1%}" if "dense_fraction" in row else "100 %"
+        share = f"{row.get('dense_fraction', 1.0):.1%}"
+        fp8 = "W, A" if row.get("config", {}).get("fp8") else ""
         seconds = f"{row['prune_seconds']:.1f}" if "prune_seconds" in row else ""
         lines.append(
-            f"| {name} | {share} | {test['ppl']:.2f} | {test['nll'] - base:+.4f} | "
+            f"| {name} | {share} | {fp8} | {test['ppl']:.2f} | {test['nll'] - base:+.4f} | "
             f"{test['r']:.3f} ± {test['r_stderr']:.3f} | {outside['ppl']:.2f} | "
             f"{outside['r']:.3f} | {seconds} |"
         )
