@@ -40,13 +40,13 @@ class JobRing {
   // The weight warp.
   __device__ void put(const Job& job) {
     ptx::barrier_wait(smem_ + T::kJobEmpty + 8 * at_.slot, at_.parity ^ 1);
+    __syncwarp();  // a lane that lags here could miss two phases
     if (ptx::lane_id() == 0) {
       const uint32_t to = smem_ + T::kJobs + at_.slot * heuristics::kJobBytes;
       ptx::store_shared_v4(to, make_uint4(job.row_tile, job.token_tile, job.x_begin, job.x_end));
       ptx::store_shared_v4(to + 16, make_uint4(job.first, job.last, job.sparse[0], job.sparse[1]));
       ptx::barrier_arrive(smem_ + T::kJobFull + 8 * at_.slot);
     }
-    __syncwarp();
     at_.advance();
   }
 
@@ -126,12 +126,12 @@ class WeightLoader {
     Cursor<T::kWStages>& at = at_[tile];
     const int slot = tile * T::kWStages + at.slot;
     ptx::barrier_wait(smem_ + T::kWEmpty + 8 * slot, at.parity ^ 1);
+    __syncwarp();
     if (ptx::lane_id() == 0) {
       const uint32_t full = smem_ + T::kWFull + 8 * slot;
       ptx::barrier_arrive_expect(full, bytes);
       ptx::bulk_copy(smem_ + slot * T::kWStageBytes, unit, bytes, full, p_.w_policy);
     }
-    __syncwarp();
     at.advance();
   }
 
@@ -155,6 +155,7 @@ class ActivationLoader {
  private:
   __device__ void put(int column, int row) {
     ptx::barrier_wait(smem_ + T::kXEmpty + 8 * at_.slot, at_.parity ^ 1);
+    __syncwarp();
     if (ptx::lane_id() == 0) {
       const uint32_t full = smem_ + T::kXFull + 8 * at_.slot;
       const uint32_t slot = smem_ + T::kXRing + at_.slot * T::kXStageBytes;
@@ -167,7 +168,6 @@ class ActivationLoader {
         ptx::tensor_copy_2d(slot, &p_.x_map, column, row, full, ptx::kEvictLast);
       }
     }
-    __syncwarp();
     at_.advance();
   }
 
