@@ -304,8 +304,8 @@ def test_lm_head_only_when_asked(family, strategy, tokens):
     torch.testing.assert_close(found, hidden.T @ hidden, rtol=1e-4, atol=1e-4)
     given = pruned_tensors(model, tokens, config, statistics=statistics)
     assert same(given, pruned_tensors(model, tokens, config))
+    plain = collect_statistics(model, tokens, quick())
     with pytest.raises(PruneError, match="lack the module"):
-        plain = collect_statistics(model, tokens, quick())
         prune_model(model, tokens, quick(modules=("lm_head",)), statistics=plain)
 
 
