@@ -138,7 +138,9 @@ def unfuse_projections(model: nn.Module) -> None:
         groups = {n: m for n, m in parent.named_children() if isinstance(m, FusedProjections)}
         for key, group in groups.items():
             weights = group.hybrid_weight().unstack([split.n for split in group.splits])
-            parts = {n: m for n, m in parent.named_children() if getattr(m, "_group", None) is group}
+            parts = {
+                n: m for n, m in parent.named_children() if getattr(m, "_group", None) is group
+            }
             if len(parts) != len(weights):
                 raise SpenseError(f"unfuse_projections: {key}: expected {len(weights)} parts")
             delattr(parent, key)
