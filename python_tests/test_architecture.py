@@ -50,7 +50,7 @@ PYTHON_ARROWS = {
     "evaluate": MODELS,
     "prune": MODELS,
     "hf": MODELS | {"prune"},
-    "_register": {"hf"},
+    "_register": set(),
     "testing": MODELS,
     "demo": MODELS | {"prune"},
     "cli": MODELS | {"prune", "demo"},

@@ -9,6 +9,7 @@ this one module, registers right after its import, and goes away.
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import sys
 import warnings
@@ -26,9 +27,8 @@ def install() -> None:
 
 def _register() -> None:
     try:
-        from spense_kernels.hf import register
-
-        register()
+        # Registers at its end; where it is what made transformers load, it is on its way there.
+        importlib.import_module("spense_kernels.hf")
     except Exception as fault:
         # Raising here would break transformers for every other model.
         warnings.warn(

@@ -29,9 +29,6 @@ def load(path: str | os.PathLike, *, fuse: bool | None = None, **kwargs: Any) ->
     # Not above: this module is loaded while transformers itself is (spense_kernels/_register.py).
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from spense_kernels.hf import register
-
-    register()
     where = {key: kwargs[key] for key in _WHERE if key in kwargs}
     config = AutoConfig.from_pretrained(path, **where)
     said = getattr(config, "quantization_config", None) or {}
