@@ -35,12 +35,17 @@ class PackedLinear(nn.Module):
         self.has_bias = bool(bias)
         self.split: Split | None = None
         device = device or torch.get_default_device()
-        self.register_buffer("w_packed", torch.empty(0, dtype=torch.uint8, device=device))
-        self.register_buffer("w_tiles", torch.empty(0, 4, dtype=torch.int32, device=device))
-        self.register_buffer("k_gather", torch.empty(0, dtype=torch.int32, device=device))
-        self.register_buffer("w_scale", torch.empty(0, device=device, dtype=torch.float32))
-        empty_bias = torch.empty(0, device=device, dtype=torch.float32) if bias else None
-        self.register_buffer("bias", empty_bias)
+        empty = {
+            "w_packed": torch.empty(0, dtype=torch.uint8, device=device),
+            "w_tiles": torch.empty(0, 4, dtype=torch.int32, device=device),
+            "k_gather": torch.empty(0, dtype=torch.int32, device=device),
+            "w_scale": torch.empty(0, dtype=torch.float32, device=device),
+            "bias": torch.empty(0, dtype=torch.float32, device=device) if bias else None,
+        }
+        for name, buffer in empty.items():
+            # State dicts hold another form of these, so tools that go by names must not look for
+            # them there. (An absent one stays persistent: accelerate trips over it otherwise.)
+            self.register_buffer(name, buffer, persistent=buffer is None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] in bf16, fp16 or fp32 -> [..., out_features] in the same dtype.

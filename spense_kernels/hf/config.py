@@ -104,6 +104,10 @@ class SpenseConfig(QuantizationConfigMixin):
             "fuse": self.fuse,
         }
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of a dict: transformers asks so when a loaded model's config is used again."""
+        return getattr(self, key, default)
+
     def __deepcopy__(self, memo):
         # Shares the calibration, which nobody writes to; transformers copies configs often.
         made = copy.copy(self)

@@ -22,7 +22,7 @@ class PendingLinear(SpenseLinear):
     """A SpenseLinear on meta whose buffers have their final sizes, before its weight is read.
 
     The sizes let transformers spread a model over devices; the state dict is empty, so that it
-    does not look for these tensors; not being persistent makes it move the buffers to the device
+    does not look for these tensors. As buffers that are not persistent, it moves them to the device
     where the layer is to be.
     """
 
@@ -38,7 +38,6 @@ class PendingLinear(SpenseLinear):
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[name] = buffer.new_empty(sizes[name])
-            self._non_persistent_buffers_set.add(name)
         self._is_hf_initialized = True
 
     def finish(self, weight: HybridWeight) -> None:
@@ -46,7 +45,6 @@ class PendingLinear(SpenseLinear):
         device = self.w_packed.device
         self.w_packed = torch.empty(0, dtype=torch.uint8, device=device)
         self._set_weight(weight, device)
-        self._non_persistent_buffers_set.clear()
         del self._is_hf_initialized
         self.__class__ = SpenseLinear
 
@@ -88,8 +86,7 @@ class LayerLoader:
             layer = model.get_submodule(name)
             if layer.w_packed.is_meta:
                 raise CheckpointError(
-                    f"from_pretrained: {name}: spense layers cannot be offloaded; leave "
-                    "offload_buffers at False"
+                    f"from_pretrained: device_map: expected a device for {name}, got meta"
                 )
             layer.finish(self.reader.layer(stored))
 
