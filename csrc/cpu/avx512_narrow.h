@@ -12,7 +12,7 @@
 namespace spense::cpu {
 namespace {
 
-constexpr int kNarrowMax = 24;       // rows of x
+constexpr int kNarrowMax = 20;       // rows of x
 constexpr int kNarrowPass = 8;       // rows of x in one pass over an item
 constexpr int kNarrowRowBlock = 32;  // rows of a tile in one item, at most
 constexpr int kBlockColumns = 128;   // of a sparse row handled at a time

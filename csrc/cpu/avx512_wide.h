@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Many rows of x: an item decodes its rows of a unit to bf16 once and multiplies them with all rows
-// of its m_block. Sixteen rows of x share a vector (a group), each pair of columns one 32-bit lane:
+// Many rows of x. A vector holds 16 weight rows, a 32-bit lane two weights of a row. Half units
+// (128 columns) of 64 rows are decoded once and multiplied with all rows of x in the item:
 //
-//   x in the workspace: [m / 16][padded k / 2][16][2] bf16, columns of each 64 in unpacked order
-//   weights:            [row][columns of the unit] bf16, the same order, broadcast pair by pair
+//   dense   [64 pairs of columns][4 vectors]: dot product with the pair of x, broadcast
+//   sparse  [32 groups of columns][4 vectors] of kept pairs, and as many vectors of byte controls:
+//           the group's four x are broadcast, vpshufb gives each row the two it keeps, so that
+//           pruned weights cost no dot product
 //
-// so y accumulates transposed, [row][m], and the epilogue turns it round.
+// Sums are [row of x][64 rows of w] float32. No element of y depends on how items are cut.
 #pragma once
 
 #include "cpu/avx512.h"
@@ -13,179 +15,206 @@
 namespace spense::cpu {
 namespace {
 
-constexpr int kGroup = 16;         // rows of x in a vector
-constexpr int kAccumulators = 16;  // weight rows times groups in the microkernel
-constexpr int kPassColumns = 128;  // of a unit in one pass of the microkernel
-constexpr int64_t kWideMBlock = 512;
-constexpr int kWideRowBlock = kTileRows;
+constexpr int kWideVectors = 4;
+constexpr int kWideRowBlock = 16 * kWideVectors;  // weight rows of an item
+constexpr int kWideTokens = 4;                    // rows of x in the microkernel
+constexpr int64_t kWideMBlock = 512;              // rows of x in an item, at most
+constexpr int kStepColumns = 128;                 // a dense unit, half a sparse unit
+constexpr int kStepPairs = kStepColumns / 2;
+constexpr int kStepGroups = kStepColumns / 4;
 
+// x in the workspace: [padded k / 128][m][128] bf16, so that a step reads one piece of memory.
 struct WideX {
   uint16_t* x;
   float* scale;
-  int64_t group_stride;  // elements
+  int64_t m;
 
-  WideX(const GemmArgs& args, void* workspace)
-      : x(static_cast<uint16_t*>(workspace)), group_stride(format::padded_k(args.k) * kGroup) {
-    scale = reinterpret_cast<float*>(x + groups(args) * group_stride);
+  WideX(const GemmArgs& args, void* workspace) : x(static_cast<uint16_t*>(workspace)), m(args.m) {
+    scale = reinterpret_cast<float*>(x + args.m * format::padded_k(args.k));
   }
-  static int64_t groups(const GemmArgs& args) { return format::ceil_div(args.m, kGroup); }
+  // From column k (a multiple of 128) of row m_begin on.
+  uint16_t* at(int64_t m_begin, int64_t k) const { return x + k * m + m_begin * kStepColumns; }
   static size_t bytes(const GemmArgs& args) {
-    return groups(args) * kGroup * (format::padded_k(args.k) * sizeof(uint16_t) + sizeof(float));
+    return args.m * (format::padded_k(args.k) * sizeof(uint16_t) + sizeof(float));
   }
 };
 
-void prepare_wide(const GemmArgs& args, const WideX& out, int64_t group) {
+void prepare_wide(const GemmArgs& args, const WideX& out, int64_t m) {
   const E4m3ToBf16 convert;
-  const int64_t m0 = group * kGroup, rows = min64(kGroup, args.m - m0);
-  uint16_t* to = out.x + group * out.group_stride;
-  for (int64_t k = 0; k < format::padded_k(args.k); k += 64, to += 64 * kGroup) {
-    __m512i first[kGroup], second[kGroup];
-    for (int64_t i = 0; i < kGroup; ++i) {
-      const uint8_t* row = args.x + (m0 + i) * args.x_stride;
-      const Bf16Pair pair = convert(i < rows ? load_x(row, k, args.k) : _mm512_setzero_si512());
-      first[i] = pair.first;
-      second[i] = pair.second;
-    }
-    transpose16(first);
-    transpose16(second);
-    for (int i = 0; i < kGroup; ++i) {
-      _mm512_storeu_si512(to + 32 * i, first[i]);
-      _mm512_storeu_si512(to + 32 * (kGroup + i), second[i]);
-    }
+  const __m512i natural = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const uint8_t* row = args.x + m * args.x_stride;
+  for (int64_t k = 0; k < format::padded_k(args.k); k += 64) {
+    const Bf16Pair x = convert(_mm512_permutexvar_epi64(natural, load_x(row, k, args.k)));
+    uint16_t* to = out.at(m, k / kStepColumns * kStepColumns) + k % kStepColumns;
+    _mm512_storeu_si512(to, x.first);
+    _mm512_storeu_si512(to + 32, x.second);
   }
-  for (int64_t i = 0; i < rows; ++i) out.scale[m0 + i] = row_scale512(args, m0 + i);
+  out.scale[m] = row_scale512(args, m);
 }
 
 struct WideScratch {
-  alignas(64) uint16_t weights[kWideRowBlock][kSparseUnitColumns];
-  alignas(64) float acc[kWideRowBlock][kWideMBlock];
+  alignas(64) uint32_t pairs[kStepPairs][kWideVectors][16];      // two bf16 weights
+  alignas(64) uint32_t controls[kStepGroups][kWideVectors][16];  // four byte places
+  alignas(64) float acc[kWideMBlock][kWideRowBlock];
 };
 
-// Four bits for the kept places of a nibble.
-struct ExpandMasks {
-  alignas(16) uint8_t low[16], high[16];
-  constexpr ExpandMasks() : low(), high() {
-    for (int nibble = 0; nibble < 16; ++nibble) {
-      low[nibble] = static_cast<uint8_t>((1 << (nibble & 3)) | (1 << (nibble >> 2)));
-      high[nibble] = static_cast<uint8_t>(low[nibble] << 4);
+// vpshufb control of a nibble: bytes of the two kept columns among four bf16 values.
+struct ShuffleControls {
+  alignas(64) uint32_t of[16];
+  constexpr ShuffleControls() : of() {
+    for (uint32_t nibble = 0; nibble < 16; ++nibble) {
+      const uint32_t first = 2 * (nibble & 3), second = 2 * (nibble >> 2);
+      of[nibble] = first | (first + 1) << 8 | second << 16 | (second + 1) << 24;
     }
   }
 };
-constexpr ExpandMasks kExpandMasks;
+constexpr ShuffleControls kShuffleControls;
 
-__m128i load128(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+// Sixteen bytes of each of sixteen rows, turned round: out[i] lane r = dword i of row r. Row i
+// starts at rows + i * kRowStride; its chunk lies `chunk ^ 16 (i % 8)` bytes on if kSwizzled.
+template <int kRowStride, bool kSwizzled>
+void transpose_chunks(const uint8_t* rows, size_t chunk, __m512i out[4]) {
+  const auto row = [&](size_t i) {
+    return load128(rows + i * kRowStride + (kSwizzled ? chunk ^ (i % 8 * 16) : chunk));
+  };
+  __m512i t[4];
+#pragma GCC unroll 4
+  for (size_t q = 0; q < 4; ++q) {  // lane j of t[q] is row 4 j + q
+    t[q] = _mm512_castsi128_si512(row(q));
+    t[q] = _mm512_inserti32x4(t[q], row(4 + q), 1);
+    t[q] = _mm512_inserti32x4(t[q], row(8 + q), 2);
+    t[q] = _mm512_inserti32x4(t[q], row(12 + q), 3);
+  }
+  const __m512i a = _mm512_unpacklo_epi32(t[0], t[1]), b = _mm512_unpackhi_epi32(t[0], t[1]);
+  const __m512i c = _mm512_unpacklo_epi32(t[2], t[3]), d = _mm512_unpackhi_epi32(t[2], t[3]);
+  out[0] = _mm512_unpacklo_epi64(a, c);
+  out[1] = _mm512_unpackhi_epi64(a, c);
+  out[2] = _mm512_unpacklo_epi64(b, d);
+  out[3] = _mm512_unpackhi_epi64(b, d);
+}
+static_assert(format::value_offset(16 + 13, 80) == (16 + 13) * kRowBytes + (80 ^ (13 % 8 * 16)));
+static_assert(format::metadata_offset(17, 0) == format::metadata_offset(16, 0) + 16);
 
-void decode_sparse(const uint8_t* unit, int row, const E4m3ToBf16& convert, uint16_t* out) {
-  const __m128i low_lut = load128(kExpandMasks.low), high_lut = load128(kExpandMasks.high);
-  const __m128i nibble = _mm_set1_epi8(0xF);
-  for (int k = 0; k < kSparseUnitColumns; k += 128) {
-    const __m128i metadata = load128(unit + format::metadata_offset(row, k));
-    const __m128i masks = _mm_or_si128(
-        _mm_shuffle_epi8(low_lut, _mm_and_si128(metadata, nibble)),
-        _mm_shuffle_epi8(high_lut, _mm_and_si128(_mm_srli_epi16(metadata, 4), nibble)));
-    const uint64_t mask[2] = {static_cast<uint64_t>(_mm_cvtsi128_si64(masks)),
-                              static_cast<uint64_t>(_mm_extract_epi64(masks, 1))};
-    for (int i = 0; i < 2; ++i) {
-      const int j = k / 2 + 32 * i;
-      const __m256i kept = _mm256_inserti128_si256(
-          _mm256_castsi128_si256(load128(unit + format::value_offset(row, j))),
-          load128(unit + format::value_offset(row, j + 16)), 1);
-      const Bf16Pair w = convert(_mm512_maskz_expand_epi8(mask[i], _mm512_castsi256_si512(kept)));
-      _mm512_storeu_si512(out + k + 64 * i, w.first);
-      _mm512_storeu_si512(out + k + 64 * i + 32, w.second);
+// Values j0 to j0 + 2 * kCount - 1 of 16 rows from r (a multiple of 16) on, into vector v.
+template <int kCount>
+void decode_values(const uint8_t* unit, int r, size_t j0, const E4m3ToBf16& convert, WideScratch& s,
+                   int v) {
+  for (size_t p = 0; p < kCount; p += 8) {
+    __m512i fours[4];  // four bytes, two pairs, of each row
+    transpose_chunks<kRowBytes, true>(unit + r * kRowBytes, j0 + 2 * p, fours);
+    for (int i = 0; i < 4; ++i) {
+      const Bf16Pair w = convert(fours[i]);
+      const __m512 first = _mm512_castsi512_ps(w.first), second = _mm512_castsi512_ps(w.second);
+      _mm512_store_ps(s.pairs[p + 2 * i][v], _mm512_shuffle_ps(first, second, 0x88));
+      _mm512_store_ps(s.pairs[p + 2 * i + 1][v], _mm512_shuffle_ps(first, second, 0xDD));
     }
   }
 }
 
-void decode_dense(const uint8_t* unit, int row, const E4m3ToBf16& convert, uint16_t* out) {
-  for (int k = 0; k < kDenseUnitColumns; k += 64) {
-    __m512i bytes = _mm512_castsi128_si512(load128(unit + format::value_offset(row, k)));
-    bytes = _mm512_inserti32x4(bytes, load128(unit + format::value_offset(row, k + 16)), 1);
-    bytes = _mm512_inserti32x4(bytes, load128(unit + format::value_offset(row, k + 32)), 2);
-    bytes = _mm512_inserti32x4(bytes, load128(unit + format::value_offset(row, k + 48)), 3);
-    const Bf16Pair w = convert(bytes);
-    _mm512_storeu_si512(out + k, w.first);
-    _mm512_storeu_si512(out + k + 32, w.second);
-  }
-}
-
-// acc[i][16 g ...] += weights[i] . x over kPassColumns columns, for kRows rows and kGroups groups.
-template <int kRows, int kGroups>
-void microkernel(const uint16_t* weights, const uint16_t* x, int64_t group_stride, float* acc) {
-  __m512 sum[kRows][kGroups];
-  for (int i = 0; i < kRows; ++i) {
-    for (int g = 0; g < kGroups; ++g) {
-      sum[i][g] = _mm512_load_ps(acc + i * kWideMBlock + g * kGroup);
-    }
-  }
-  for (int k = 0; k < kPassColumns; k += 2) {
-    __m512i lanes[kGroups];
-    for (int g = 0; g < kGroups; ++g) {
-      lanes[g] = _mm512_loadu_si512(x + g * group_stride + k * kGroup);
-    }
-    for (int i = 0; i < kRows; ++i) {
-      int32_t pair;
-      __builtin_memcpy(&pair, weights + i * kSparseUnitColumns + k, sizeof pair);
-      const __m512i w = _mm512_set1_epi32(pair);
-      for (int g = 0; g < kGroups; ++g) sum[i][g] = dot(sum[i][g], w, lanes[g]);
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int g = 0; g < kGroups; ++g) {
-      _mm512_store_ps(acc + i * kWideMBlock + g * kGroup, sum[i][g]);
+// Controls of the groups of columns k0 to k0 + kStepColumns - 1.
+void decode_controls(const uint8_t* unit, int r, int k0, WideScratch& s, int v) {
+  const __m512i table = _mm512_load_si512(kShuffleControls.of);
+  __m512i nibbles[4];  // eight groups of each row
+  transpose_chunks<format::kMetadataRowBytes, false>(unit + format::metadata_offset(r, k0), 0,
+                                                     nibbles);
+  for (int i = 0; i < 4; ++i) {
+    for (int g = 0; g < 8; ++g) {  // vpermd looks at the low four bits only
+      const __m512i nibble = _mm512_srli_epi32(nibbles[i], 4 * g);
+      _mm512_store_si512(s.controls[8 * i + g][v], _mm512_permutexvar_epi32(nibble, table));
     }
   }
 }
 
-template <int kGroups>
-void multiply(WideScratch& s, int rows, int columns, const uint16_t* x, int64_t group_stride,
-              int64_t m) {
-  constexpr int kRows = kAccumulators / kGroups;
-  for (int k = 0; k < columns; k += kPassColumns) {
-    for (int r = 0; r < rows; r += kRows) {
-      microkernel<kRows, kGroups>(s.weights[r] + k, x + k * kGroup, group_stride, s.acc[r] + m);
+// Half of 16 rows of the unit that comes next.
+void prefetch_rows(const uint8_t* unit, int r, int half) {
+  const char* values = reinterpret_cast<const char*>(unit + r * kRowBytes + 64 * half);
+  for (int i = 0; i < 16; ++i) _mm_prefetch(values + i * kRowBytes, _MM_HINT_T1);
+  const char* metadata =
+      reinterpret_cast<const char*>(unit + format::metadata_offset(r, kStepColumns * half));
+  for (int i = 0; i < 4; ++i) _mm_prefetch(metadata + 64 * i, _MM_HINT_T1);
+}
+
+// acc[m][...] += 64 rows over a step, for kTokens rows of x.
+template <bool kSparse, int kTokens>
+void multiply_step(const WideScratch& s, const uint16_t* x, float (*acc)[kWideRowBlock]) {
+  __m512 sum[kTokens][kWideVectors];
+  for (int m = 0; m < kTokens; ++m) {
+    for (int v = 0; v < kWideVectors; ++v) sum[m][v] = _mm512_load_ps(acc[m] + 16 * v);
+  }
+  for (int p = 0; p < (kSparse ? kStepGroups : kStepPairs); ++p) {
+    __m512i w[kWideVectors], control[kWideVectors];
+    for (int v = 0; v < kWideVectors; ++v) {
+      w[v] = _mm512_load_si512(s.pairs[p][v]);
+      if constexpr (kSparse) control[v] = _mm512_load_si512(s.controls[p][v]);
     }
+    for (int m = 0; m < kTokens; ++m) {
+      if constexpr (kSparse) {
+        int64_t four;
+        __builtin_memcpy(&four, x + m * kStepColumns + 4 * p, sizeof four);
+        const __m512i lanes = _mm512_set1_epi64(four);
+        for (int v = 0; v < kWideVectors; ++v) {
+          sum[m][v] = dot(sum[m][v], w[v], _mm512_shuffle_epi8(lanes, control[v]));
+        }
+      } else {
+        int32_t two;
+        __builtin_memcpy(&two, x + m * kStepColumns + 2 * p, sizeof two);
+        const __m512i lanes = _mm512_set1_epi32(two);
+        for (int v = 0; v < kWideVectors; ++v) sum[m][v] = dot(sum[m][v], w[v], lanes);
+      }
+    }
+  }
+  for (int m = 0; m < kTokens; ++m) {
+    for (int v = 0; v < kWideVectors; ++v) _mm512_store_ps(acc[m] + 16 * v, sum[m][v]);
   }
 }
 
-// Rows r0 to r0 + rows - 1 (a multiple of 16) of a tile, rows m0 to m0 + m_count - 1 of x.
-void run_wide(const GemmArgs& args, const WideX& x, const Tile& tile, int r0, int rows, int64_t m0,
+template <bool kSparse>
+void multiply_all(WideScratch& s, const uint16_t* x, int64_t m_count) {
+  int64_t m = 0;
+  for (; m + kWideTokens <= m_count; m += kWideTokens) {
+    multiply_step<kSparse, kWideTokens>(s, x + m * kStepColumns, s.acc + m);
+  }
+  if (m + 2 <= m_count) {
+    multiply_step<kSparse, 2>(s, x + m * kStepColumns, s.acc + m);
+    m += 2;
+  }
+  if (m < m_count) multiply_step<kSparse, 1>(s, x + m * kStepColumns, s.acc + m);
+}
+
+// Rows r0 to r0 + 63 of a tile, rows m0 to m0 + m_count - 1 of x.
+void run_wide(const GemmArgs& args, const WideX& x, const Tile& tile, int r0, int64_t m0,
               int64_t m_count, WideScratch& s) {
   const E4m3ToBf16 convert;
-  const int64_t groups = format::ceil_div(m_count, kGroup);
-  for (int r = 0; r < rows; ++r) {
-    for (int64_t g = 0; g < groups; ++g)
-      _mm512_store_ps(s.acc[r] + g * kGroup, _mm512_setzero_ps());
+  for (int64_t m = 0; m < m_count; ++m) {
+    for (int v = 0; v < kWideVectors; ++v) _mm512_store_ps(s.acc[m] + 16 * v, _mm512_setzero_ps());
   }
   for (int64_t u = 0; u < tile.units(); ++u) {
-    const bool is_sparse = tile.is_sparse(u);
-    for (int r = 0; r < rows; ++r) {
-      is_sparse ? decode_sparse(tile.unit(u), r0 + r, convert, s.weights[r])
-                : decode_dense(tile.unit(u), r0 + r, convert, s.weights[r]);
+    const uint8_t* unit = tile.unit(u);
+    const uint8_t* next = u + 1 < tile.units() ? tile.unit(u + 1) : unit;
+    const int64_t column = tile.column(u);
+    if (!tile.is_sparse(u)) {
+      for (int v = 0; v < kWideVectors; ++v) {
+        prefetch_rows(next, r0 + 16 * v, 0);
+        prefetch_rows(next, r0 + 16 * v, 1);
+        decode_values<kStepPairs>(unit, r0 + 16 * v, 0, convert, s, v);
+      }
+      multiply_all<false>(s, x.at(m0, column), m_count);
+      continue;
     }
-    const int columns = is_sparse ? kSparseUnitColumns : kDenseUnitColumns;
-    const uint16_t* at = x.x + m0 / kGroup * x.group_stride + tile.column(u) * kGroup;
-    int64_t g = 0;
-    for (; g + 4 <= groups; g += 4) {
-      multiply<4>(s, rows, columns, at + g * x.group_stride, x.group_stride, g * kGroup);
-    }
-    for (; g + 2 <= groups; g += 2) {
-      multiply<2>(s, rows, columns, at + g * x.group_stride, x.group_stride, g * kGroup);
-    }
-    if (g < groups) {
-      multiply<1>(s, rows, columns, at + g * x.group_stride, x.group_stride, g * kGroup);
+    for (int half = 0; half < 2; ++half) {
+      for (int v = 0; v < kWideVectors; ++v) {
+        prefetch_rows(next, r0 + 16 * v, half);
+        decode_values<kStepGroups>(unit, r0 + 16 * v, 64 * half, convert, s, v);
+        decode_controls(unit, r0 + 16 * v, kStepColumns * half, s, v);
+      }
+      multiply_all<true>(s, x.at(m0, column + kStepColumns * half), m_count);
     }
   }
-  for (int r = 0; r < rows && r0 + r < tile.rows; r += 16) {
+  for (int r = 0; r < kWideRowBlock && r0 + r < tile.rows; r += 16) {
     const int64_t n = tile.first_row + r0 + r;
     const ColumnScales columns(args, n, static_cast<int>(min64(16, tile.rows - r0 - r)));
-    for (int64_t m = 0; m < m_count; m += kGroup) {
-      __m512i block[16];
-      for (int i = 0; i < 16; ++i) block[i] = _mm512_load_si512(s.acc[r + i] + m);
-      transpose16(block);
-      for (int64_t i = 0; i < min64(kGroup, m_count - m); ++i) {
-        columns.store(args, m0 + m + i, n, _mm512_castsi512_ps(block[i]), x.scale[m0 + m + i]);
-      }
+    for (int64_t m = 0; m < m_count; ++m) {
+      columns.store(args, m0 + m, n, _mm512_load_ps(s.acc[m] + r), x.scale[m0 + m]);
     }
   }
 }

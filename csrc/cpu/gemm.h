@@ -46,6 +46,7 @@ struct GemmPlan {
   int64_t run_items = 0;
   int kind = 0;                        // a config's own choice of method
   int64_t m_block = 0, row_block = 0;  // rows of x and rows of a tile in one item
+  int64_t prepare_block = 1;           // rows (groups of rows) of x in one item of prepare
 };
 
 struct GemmConfig {

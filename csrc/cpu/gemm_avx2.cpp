@@ -39,6 +39,14 @@ struct Avx2 {
   static Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Vec madd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
+  static void sum_rows(const Vec v[4][2], float* out) {
+    Vec row[4];
+    for (int i = 0; i < 4; ++i) row[i] = _mm256_add_ps(v[i][0], v[i][1]);
+    const Vec pairs =
+        _mm256_hadd_ps(_mm256_hadd_ps(row[0], row[1]), _mm256_hadd_ps(row[2], row[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+  }
+
   static __m128i load16(const uint8_t* p) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   }
@@ -46,30 +54,62 @@ struct Avx2 {
     return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpandTable.control[metadata]));
   }
 
-  static void convert16(__m128i bytes, float* out) {
-    const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7),
-                                            _mm256_set1_epi16(static_cast<short>(0xBF80)));
-    store(out, _mm256_cvtph_ps(_mm256_castsi256_si128(halves)));
-    store(out + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
+  // Calls use(column, v0, v1) for every 16 columns of a row, pruned zeros in place.
+  template <typename Use>
+  __attribute__((always_inline)) static inline void for_each_16(const uint8_t* unit, bool is_sparse,
+                                                                int row, Use use) {
+    const auto convert = [&](int column, __m128i bytes) __attribute__((always_inline)) {
+      const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7),
+                                              _mm256_set1_epi16(static_cast<short>(0xBF80)));
+      use(column, _mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+          _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
+    };
+    const uint8_t* values = unit + row * kRowBytes;
+    const unsigned swizzle = static_cast<unsigned>(row % 8) * 16;
+    if (!is_sparse) {
+      for (unsigned j = 0; j < kDenseUnitColumns; j += 16)
+        convert(j, load16(values + (j ^ swizzle)));
+      return;
+    }
+    const __m128i second = _mm_set_epi64x(0x0404040404040404, 0);
+    const uint8_t* metadata = unit + format::metadata_offset(row, 0);
+    for (unsigned k = 0; k < kSparseUnitColumns; k += 32) {
+      if (k == kSparseUnitColumns / 2) metadata = unit + format::metadata_offset(row, k) - k / 8;
+      const __m128i kept = load16(values + (k / 2 ^ swizzle));
+      const uint8_t* m = metadata + k / 8;
+      const __m128i low = _mm_unpacklo_epi64(control(m[0]), control(m[1]));
+      const __m128i high = _mm_unpacklo_epi64(control(m[2]), control(m[3]));
+      convert(k, _mm_shuffle_epi8(kept, _mm_add_epi8(low, second)));
+      convert(k + 16, _mm_shuffle_epi8(_mm_srli_si128(kept, 8), _mm_add_epi8(high, second)));
+    }
   }
 
   static void decode(const uint8_t* unit, bool is_sparse, int row, float* out) {
-    if (!is_sparse) {
-      for (int j = 0; j < kDenseUnitColumns; j += 16) {
-        convert16(load16(unit + format::value_offset(row, j)), out + j);
+    for_each_16(unit, is_sparse, row, [&](int column, Vec v0, Vec v1) {
+      store(out + column, v0);
+      store(out + column + 8, v1);
+    });
+  }
+
+  // out[m] += the row times kM rows of x, without a detour through memory.
+  static constexpr int kFused = 4;
+  template <int kM>
+  static void dot_row(const uint8_t* unit, bool is_sparse, int row, const float* x,
+                      int64_t x_stride, float* out) {
+    Vec sum[kM][2];
+    for (auto& pair : sum) pair[0] = pair[1] = zero();
+    for_each_16(unit, is_sparse, row, [&](int column, Vec v0, Vec v1) {
+      for (int m = 0; m < kM; ++m) {
+        const float* at = x + m * x_stride + column;
+        sum[m][0] = madd(v0, load(at), sum[m][0]);
+        sum[m][1] = madd(v1, load(at + 8), sum[m][1]);
       }
-      return;
-    }
-    const __m128i second = _mm_set1_epi64x(0x0404040404040404);  // of the two bytes of metadata
-    for (int k = 0; k < kSparseUnitColumns; k += 32) {
-      __m128i kept = load16(unit + format::value_offset(row, k / 2));
-      const uint8_t* metadata = unit + format::metadata_offset(row, k);
-      for (int i = 0; i < 4; i += 2) {
-        const __m128i places = _mm_unpacklo_epi64(control(metadata[i]),
-                                                  _mm_add_epi8(control(metadata[i + 1]), second));
-        convert16(_mm_shuffle_epi8(kept, places), out + k + 8 * i);
-        kept = _mm_srli_si128(kept, 8);
-      }
+    });
+    for (int m = 0; m < kM; ++m) {
+      const Vec v = _mm256_add_ps(sum[m][0], sum[m][1]);
+      __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+      half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+      out[m] += _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
     }
   }
 };

@@ -36,24 +36,30 @@ GemmPlan plan(const GemmArgs& args, int threads) {
   plan.kind = args.m <= kNarrowMax ? kNarrow : kWide;
   const bool narrow = plan.kind == kNarrow;
   plan.workspace_bytes = narrow ? NarrowX::bytes(args) : WideX::bytes(args);
-  plan.prepare_items = narrow ? args.m : WideX::groups(args);
-  // An item of the narrow kind makes as many passes as it needs; the weights then come from L2.
+  cut_prepare(plan, args.m, args.k);
+  // A narrow item makes as many passes as it needs; the weights then come from L2.
   plan.m_block = narrow ? kNarrowMax : kWideMBlock;
   plan.row_block = narrow ? kNarrowRowBlock : kWideRowBlock;
-  const int64_t blocks = format::tile_count(args.n) * format::ceil_div(args.m, plan.m_block);
-  while (plan.row_block > 16 && blocks * (kTileRows / plan.row_block) < 8 * threads) {
-    plan.row_block /= 2;
+  const auto items = [&] {
+    return format::tile_count(args.n) * (kTileRows / plan.row_block) *
+           format::ceil_div(args.m, plan.m_block);
+  };
+  if (narrow) {
+    while (plan.row_block > 16 && items() < 8 * threads) plan.row_block /= 2;
+  } else {
+    while (plan.m_block > 64 && items() < 4 * threads) plan.m_block /= 2;
   }
-  plan.run_items = blocks * (kTileRows / plan.row_block);
+  plan.run_items = items();
   return plan;
 }
 
 void prepare(const GemmPlan& plan, void* workspace, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
+  const int64_t last = min64(end * plan.prepare_block, plan.args.m);
+  for (int64_t m = begin * plan.prepare_block; m < last; ++m) {
     if (plan.kind == kNarrow) {
-      prepare_narrow(plan.args, NarrowX(plan.args, workspace), i);
+      prepare_narrow(plan.args, NarrowX(plan.args, workspace), m);
     } else {
-      prepare_wide(plan.args, WideX(plan.args, workspace), i);
+      prepare_wide(plan.args, WideX(plan.args, workspace), m);
     }
   }
 }
@@ -86,8 +92,7 @@ void run_wide_items(const GemmPlan& plan, void* workspace, int64_t begin, int64_
   for (int64_t i = begin; i < end; ++i) {
     const Item item(plan, i);
     if (item.empty()) continue;
-    run_wide(plan.args, x, item.tile, item.row, static_cast<int>(plan.row_block), item.m,
-             item.m_count, *scratch);
+    run_wide(plan.args, x, item.tile, item.row, item.m, item.m_count, *scratch);
   }
   delete scratch;
 }

@@ -54,6 +54,14 @@ struct Tile {
   return args.bias ? scaled + args.bias[n] : scaled;
 }
 
+// Items of prepare are worth a thread's wake-up: `units` pieces of `elements` values each.
+[[maybe_unused]] void cut_prepare(GemmPlan& plan, int64_t units, int64_t elements) {
+  constexpr int64_t kWorthAThread = 1 << 15;
+  const int64_t block = kWorthAThread / elements;
+  plan.prepare_block = block < 1 ? 1 : block;
+  plan.prepare_items = format::ceil_div(units, plan.prepare_block);
+}
+
 [[maybe_unused]] int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 [[maybe_unused]] bool always_available() { return true; }

@@ -8,8 +8,10 @@
 //
 // `Isa` brings the vector type and the decoder:
 //   Vec, kLanes          float vector; zero(), load(p), store(p, v), broadcast(p), madd(a, b, c)
+//   sum_rows(v, out)     out[i] = sum of v[i][0] and v[i][1], for four rows
 //   kXFactor             power of two that x is multiplied with, because decode() leaves it out
 //   decode(unit, is_sparse, row, out)   a row of a unit, pruned zeros written out
+//   kFused               up to so many rows of x, dot_row<m>() replaces decode() and narrow()
 // Everything has internal linkage, because it is compiled once for each instruction set.
 #pragma once
 
@@ -45,7 +47,8 @@ struct FloatGemm {
     plan.threads = threads;
     plan.kind = args.m < kGroup ? kNarrow : kWide;
     plan.workspace_bytes = (padded_m(plan) * format::padded_k(args.k) + args.m) * sizeof(float);
-    plan.prepare_items = plan.kind == kWide ? format::ceil_div(args.m, kGroup) : args.m;
+    const int group = plan.kind == kWide ? kGroup : 1;
+    cut_prepare(plan, format::ceil_div(args.m, group), args.k * group);
     plan.m_block = kMBlock;
     plan.row_block = kRowBlock;
     const int64_t m_blocks = format::ceil_div(args.m, plan.m_block);
@@ -61,10 +64,11 @@ struct FloatGemm {
     const GemmArgs& args = plan.args;
     const int64_t k_padded = format::padded_k(args.k);
     const int rows = plan.kind == kWide ? kGroup : 1;
-    for (int64_t item = begin; item < end; ++item) {
-      float* out = packed_x(workspace) + item * rows * k_padded;
+    const int64_t last = min64(end * plan.prepare_block, format::ceil_div(args.m, rows));
+    for (int64_t group = begin * plan.prepare_block; group < last; ++group) {
+      float* out = packed_x(workspace) + group * rows * k_padded;
       for (int i = 0; i < rows; ++i) {
-        const int64_t m = item * rows + i;
+        const int64_t m = group * rows + i;
         const uint8_t* x = m < args.m ? args.x + m * args.x_stride : nullptr;
         for (int64_t k = 0; k < k_padded; ++k) {
           out[k * rows + i] =
@@ -88,13 +92,23 @@ struct FloatGemm {
           sum[i][1] = Isa::madd(Isa::load(w + Isa::kLanes), x1, sum[i][1]);
         }
       }
-      for (int i = 0; i < kRows; ++i) {
-        alignas(64) float lanes[kGroup];
-        Isa::store(lanes, sum[i][0]);
-        Isa::store(lanes + Isa::kLanes, sum[i][1]);
-        float total = 0.0f;
-        for (const float lane : lanes) total += lane;
-        s.acc[r + i][m] += total;
+      float totals[kRows];
+      Isa::sum_rows(sum, totals);
+      for (int i = 0; i < kRows; ++i) s.acc[r + i][m] += totals[i];
+    }
+  }
+
+  // acc[r][0 ...] += all rows of the item times the m_count rows of x.
+  static void fused(const GemmPlan& plan, Scratch& s, const Tile& tile, int64_t u, int r0,
+                    int64_t m_count, const float* x) {
+    if constexpr (Isa::kFused > 0) {
+      static_assert(Isa::kFused == 4);
+      using DotRow = void (*)(const uint8_t*, bool, int, const float*, int64_t, float*);
+      constexpr DotRow kDotRows[] = {Isa::template dot_row<1>, Isa::template dot_row<2>,
+                                     Isa::template dot_row<3>, Isa::template dot_row<4>};
+      for (int r = 0; r < plan.row_block; ++r) {
+        kDotRows[m_count - 1](tile.unit(u), tile.is_sparse(u), r0 + r, x,
+                              format::padded_k(plan.args.k), s.acc[r]);
       }
     }
   }
@@ -139,6 +153,11 @@ struct FloatGemm {
       }
       for (int64_t u = 0; u < tile.units() && r0 < tile.rows; ++u) {
         const int columns = tile.is_sparse(u) ? kSparseUnitColumns : kDenseUnitColumns;
+        if (plan.kind == kNarrow && m_count <= Isa::kFused) {
+          fused(plan, s, tile, u, static_cast<int>(r0), m_count,
+                packed_x(workspace) + m0 * k_padded + tile.column(u));
+          continue;
+        }
         for (int64_t r = 0; r < plan.row_block; ++r) {
           Isa::decode(tile.unit(u), tile.is_sparse(u), static_cast<int>(r0 + r), s.weights[r]);
         }

@@ -19,6 +19,7 @@ struct Portable {
   typedef float Vec __attribute__((vector_size(16)));
   static constexpr int kLanes = 4;
   static constexpr float kXFactor = 1.0f;
+  static constexpr int kFused = 0;
 
   static Vec zero() { return Vec{}; }
   static Vec load(const float* p) {
@@ -29,6 +30,12 @@ struct Portable {
   static void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
   static Vec broadcast(const float* p) { return Vec{*p, *p, *p, *p}; }
   static Vec madd(Vec a, Vec b, Vec c) { return a * b + c; }
+  static void sum_rows(const Vec v[4][2], float* out) {
+    for (int i = 0; i < 4; ++i) {
+      const Vec lanes = v[i][0] + v[i][1];
+      out[i] = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    }
+  }
 
   static void decode(const uint8_t* unit, bool is_sparse, int row, float* out) {
     if (!is_sparse) {

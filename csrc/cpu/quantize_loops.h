@@ -12,6 +12,13 @@ namespace {
 struct VectorLoops {
   static constexpr int kBlock = 256;
 
+  // With masks: compilers do not take float arithmetic out of a conditional.
+  static int32_t choose(bool condition, int32_t yes, int32_t no) {
+    const int32_t mask = -static_cast<int32_t>(condition);
+    return (yes & mask) | (no & ~mask);
+  }
+  static int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+
   // NaN and infinity keep magnitudes >= kInfinityBits.
   template <int kType>
   static void load_bits(const void* x, int64_t first, int count, uint32_t* bits) {
@@ -25,11 +32,11 @@ struct VectorLoops {
           bits[i] = h << 16;
         } else {
           const int32_t half = static_cast<int32_t>(h & 0x7FFFu);
-          const uint32_t small = std::bit_cast<uint32_t>(static_cast<float>(half) * 0x1p-24f);
-          const uint32_t normal = (static_cast<uint32_t>(half) << 13) + (112u << 23);
-          const uint32_t magnitude = half < 0x400 ? small : normal;
-          const uint32_t special = half >= 0x7C00 ? kInfinityBits : 0u;
-          bits[i] = (magnitude | special) | ((h & 0x8000u) << 16);
+          const int32_t small = std::bit_cast<int32_t>(static_cast<float>(half) * 0x1p-24f);
+          const int32_t normal = (half << 13) + (112 << 23);
+          const int32_t magnitude = choose(half < 0x400, small, normal);
+          const int32_t special = choose(half >= 0x7C00, kInfinityBits, 0);
+          bits[i] = static_cast<uint32_t>(magnitude | special) | ((h & 0x8000u) << 16);
         }
       }
     }
@@ -42,8 +49,7 @@ struct VectorLoops {
       const float shifted = std::bit_cast<float>(magnitude) + 0x1p14f;
       const int32_t small = std::bit_cast<int32_t>(shifted) & 0xF;
       const int32_t normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3);
-      int32_t byte = magnitude < 0x3C800000 ? small : normal;
-      byte = magnitude >= 0x43E00000 ? int32_t{kE4m3MaxByte} : byte;
+      const int32_t byte = smaller(choose(magnitude < 0x3C800000, small, normal), kE4m3MaxByte);
       y[i] = static_cast<uint8_t>(byte | static_cast<int32_t>((product >> 24) & 0x80u));
     }
   }

@@ -8,12 +8,12 @@ namespace {
 
 constexpr GemmConfig kConfigs[] = {
 #define INSTANCE(name, ...) GemmConfig{#name, __VA_ARGS__},
-#include "sm90/instances.def"
+#include "heuristics/sm90_instances.def"
 #undef INSTANCE
 };
 
 #define INSTANCE(name, ...) static_assert(legal(GemmConfig{#name, __VA_ARGS__}), #name);
-#include "sm90/instances.def"
+#include "heuristics/sm90_instances.def"
 #undef INSTANCE
 
 }  // namespace
@@ -48,11 +48,12 @@ const GemmConfig& choose(const GemmDesc& desc) {
   const auto pick = [&](std::string_view fast, std::string_view promoted) -> const GemmConfig& {
     return *find_config(desc.fast_accum ? fast : promoted);
   };
-  if (desc.m <= 8) return pick("t128x8_c1_s4x28_o2", "t128x8_c1_s4x28_o2_p");
-  if (desc.m <= 16) return pick("t128x16_c1_s4x15_o2", "t128x16_c1_s4x15_o2_p");
-  if (desc.m <= 32) return pick("t128x32_c1_s7x18_o1", "t128x32_c1_s7x18_o1_p");
+  if (desc.m <= 8) return pick("t128x8_c1_s4x28_o2", "t128x16_c1_s4x15_o2_p");
+  if (desc.m <= 16) return pick("t128x16_c1_s8x28_o1", "t128x16_c1_s4x15_o2_p");
+  if (desc.m <= 32) return pick("t128x32_c1_s7x18_o1", "t128x64_c1_s6x12_o1_p");
   if (desc.m <= 64) return pick("t128x64_c1_s6x12_o1", "t128x64_c1_s6x12_o1_p");
-  return pick("t128x128_c1_s5x7_o1", "t128x128_c1_s5x7_o1_p");
+  if (desc.m <= 128) return pick("t128x128_c1_s5x7_o1", "t128x128_c1_s5x7_o1_p");
+  return pick("t128x256_c2_s3x5_o1", "t128x128_c1_s5x7_o1_p");
 }
 
 ScheduleParams schedule(const GemmDesc& desc, const GemmConfig& config) {

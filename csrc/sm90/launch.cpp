@@ -10,7 +10,7 @@
 namespace spense::sm90 {
 
 #define INSTANCE(name, ...) void launch_##name(const Params& params, cuda::Stream stream);
-#include "sm90/instances.def"
+#include "heuristics/sm90_instances.def"
 #undef INSTANCE
 
 namespace {
@@ -21,7 +21,7 @@ struct Instance {
 };
 constexpr Instance kInstances[] = {
 #define INSTANCE(name, ...) {#name, &launch_##name},
-#include "sm90/instances.def"
+#include "heuristics/sm90_instances.def"
 #undef INSTANCE
 };
 

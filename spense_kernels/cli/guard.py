@@ -83,6 +83,16 @@ def new_directory(path: Path, force: bool, option: str = "--out") -> Path:
     return path
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise UserError when something other than a spense checkpoint stands at `path`."""
+    from spense_kernels.models import is_spense_checkpoint
+
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not is_spense_checkpoint(path):
+        raise UserError(f"{path}: holds no spense checkpoint, so --force does not replace it")
+
+
 def need_space(path: Path, size: int) -> None:
     """Raise UserError when the file system of `path` has less than `size` bytes left."""
     free = shutil.disk_usage(_existing_parent(path)).free

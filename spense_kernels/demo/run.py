@@ -15,7 +15,7 @@ from spense_kernels.demo.settings import DemoSettings
 from spense_kernels.demo.steps import Steps, current_rss_bytes, say
 from spense_kernels.demo.worker import run_in_new_process
 from spense_kernels.errors import UserError
-from spense_kernels.models import LoadedModel, load_dense
+from spense_kernels.models import LoadedModel, load_dense, need
 from spense_kernels.progress import Bars, bar
 from spense_kernels.prune import PruneConfig, collect_statistics, prune_model, shallow_clone
 
@@ -26,6 +26,7 @@ def run_demo(settings: DemoSettings) -> dict:
     Returns the report. Raises UserError for a bad text, PruneError when the model cannot be
     pruned, SpenseError when the hybrid layers did not all run through the op.
     """
+    need("matplotlib", extra="demo")  # now, not when the report is drawn
     return _Demo(settings).run()
 
 
@@ -34,7 +35,9 @@ class _Demo:
         self.settings = settings
         self.steps = Steps(total=8)
         self.methods: list[dict] = []
-        self.config = PruneConfig(dense_fraction=settings.dense_fraction, seed=settings.seed)
+        self.config = PruneConfig(
+            dense_fraction=settings.dense_fraction, seed=settings.seed, **settings.pruner
+        )
 
     def run(self) -> dict:
         with self.steps.step(f"load {self.settings.model}"):

@@ -23,6 +23,7 @@ class DemoSettings:
         text: the user's text files; empty takes Python's documentation.
         dense_fraction: share of every layer's columns that stays dense in the hybrid model.
         calibration_windows, test_windows: windows of `length` tokens each.
+        pruner: PruneConfig values that differ from its defaults.
         new_tokens: length of the generated continuations.
         prompts: their beginnings.
     """
@@ -37,6 +38,7 @@ class DemoSettings:
     length: int = 512
     calibration_windows: int = 64
     test_windows: int = 16
+    pruner: dict = field(default_factory=dict)
     new_tokens: int = 40
     prompts: tuple[str, ...] = field(default=PROMPTS)
 
@@ -44,6 +46,12 @@ class DemoSettings:
     def preset(cls, short: bool, **overrides) -> DemoSettings:
         """The full demo, or the same path with less text for continuous integration."""
         if short:
-            small = {"calibration_windows": 16, "test_windows": 4, "new_tokens": 12}
-            overrides = {**small, "prompts": PROMPTS[:2], **overrides}
+            small = {
+                "calibration_windows": 8,
+                "test_windows": 4,
+                "pruner": {"refit_steps": 4, "search_rounds": 10},
+                "new_tokens": 12,
+                "prompts": PROMPTS[:2],
+            }
+            overrides = {**small, **overrides}
         return cls(short=short, **overrides)

@@ -7,6 +7,7 @@ from spense_kernels.models.load import (
     is_spense_checkpoint,
     load_any,
     load_dense,
+    need,
 )
 
-__all__ = ["LoadedModel", "auto_dtype", "is_spense_checkpoint", "load_any", "load_dense"]
+__all__ = ["LoadedModel", "auto_dtype", "is_spense_checkpoint", "load_any", "load_dense", "need"]

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import functools
+import re
 from contextlib import contextmanager
 
 from spense_kernels.errors import UserError
 
 GGUF_MAGIC = b"GGUF"
+SAMPLE = 512  # vocabulary words that check_tokenizer tries
+MIN_WORDS = 32  # fewer tell nothing
+MIN_WHOLE = 0.9  # a few words of a sound vocabulary are out of its merges' reach
 
 
 def check_gguf(path) -> None:
@@ -17,6 +21,31 @@ def check_gguf(path) -> None:
         magic = file.read(4)
     if magic != GGUF_MAGIC:
         raise UserError(f"load_dense: {path} is no GGUF file (it starts with {magic!r})")
+
+
+def check_tokenizer(tokenizer, path) -> None:
+    """Raise UserError unless words of the vocabulary come back as the one token they are.
+
+    A GGUF file of a sentencepiece model lists no merges, so a reader has to rebuild them. Rebuilt
+    in a wrong order they still round-trip any text, but cut words into other pieces than the model
+    was trained on, which nothing but its perplexity shows.
+    """
+    vocabulary = tokenizer.get_vocab()
+    words = sorted(w for w in vocabulary if re.fullmatch("[\u2581\u0120][A-Za-z]{3,12}", w))
+    words = words[:: max(1, len(words) // SAMPLE)]
+    if len(words) < MIN_WORDS:
+        return
+    ids = [[vocabulary[word]] for word in words]
+    encoded = tokenizer([tokenizer.decode(i) for i in ids], add_special_tokens=False).input_ids
+    whole = sum(a == b for a, b in zip(ids, encoded, strict=True))
+    if whole < MIN_WHOLE * len(words):
+        import transformers
+
+        raise UserError(
+            f"load_dense: the tokenizer that transformers {transformers.__version__} makes of "
+            f"{path} cuts {len(words) - whole} of {len(words)} words of its own vocabulary; "
+            "transformers >= 5.23 is known to read it right"
+        )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 
 from spense_kernels.errors import CheckpointError, SpenseError, UserError
 from spense_kernels.models import gemma
-from spense_kernels.models.gguf import check_gguf, shared_reader
+from spense_kernels.models.gguf import check_gguf, check_tokenizer, shared_reader
 
 _LICENCE_NAMES = ("license", "licence", "notice", "use_policy", "terms")
 
@@ -107,6 +108,7 @@ def load_any(source, dtype: torch.dtype | None = None, device: str = "cpu") -> L
 
 
 def _load_gguf(path: Path, dtype: torch.dtype):
+    need("gguf", "accelerate")
     transformers = _transformers()
     folder, file = str(path.parent), path.name
     with shared_reader(), _as_user_error(path):
@@ -116,6 +118,7 @@ def _load_gguf(path: Path, dtype: torch.dtype):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, gguf_file=file, local_files_only=True
         )
+    check_tokenizer(tokenizer, path)
     # The weights are plain tensors now; a saved configuration must not ask for the GGUF reader.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -158,10 +161,18 @@ def _ready(model):
 def _transformers():
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    need("transformers")
     import transformers
 
     transformers.logging.set_verbosity_error()
     return transformers
+
+
+def need(*modules: str, extra: str = "models") -> None:
+    """Raise UserError that names the pip extra when a module is not installed."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"{module} is not installed (pip install 'spense-kernels[{extra}]')")
 
 
 class _as_user_error:

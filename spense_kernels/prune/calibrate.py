@@ -98,10 +98,11 @@ class LayerWalk:
 
             return record
 
-        top = int(ids.max())
-        if top >= vocabulary.weight.shape[0] or int(ids.min()) < 0:
+        wrong = ids[(ids < 0) | (ids >= vocabulary.weight.shape[0])]
+        if wrong.numel():
             raise PruneError(
-                f"prune: calibration holds token {top}, the model has {vocabulary.weight.shape[0]}"
+                f"prune: calibration must hold tokens 0..{vocabulary.weight.shape[0] - 1}, "
+                f"got {int(wrong[0])}"
             )
         with overridden(self.layers, make), suppress(_Stop):
             model(input_ids=ids.to(vocabulary.weight.device), use_cache=False)

@@ -65,32 +65,68 @@ class Solution:
     damping: float
 
 
-def compress(problem: Problem, config: PruneConfig, generator: torch.Generator) -> Solution:
-    """Prune one group of projections by the settings; see docs/pruning.md for the method."""
+def compress(
+    problems: list[Problem], config: PruneConfig, generators: list[torch.Generator]
+) -> list[Solution]:
+    """Prune groups of projections by the settings; see docs/pruning.md for the method.
+
+    Problems of equal shape (the same group in several layers) share the sweeps, which on a GPU
+    costs little more than one of them alone.
+    """
+    jobs = [_start(*pair, config) for pair in zip(problems, generators, strict=True)]
+    if config.method == "obs":
+        _sweep_all([job for job in jobs if not job.done], config)
+    else:
+        for job in jobs:
+            _mask_only(job, config)
+    return [_finish(job, config) for job in jobs]
+
+
+@dataclass
+class _Job:
+    """A problem on its way.
+
+    dense: [N, K] stacked weights, dead inputs cleared; starts: int64 [N] first dense place of each
+    row in `order`; pruned: float32 [N, K] result; done: nothing left to prune.
+    """
+
+    problem: Problem
+    original: Tensor
+    dense: Tensor
+    starts: Tensor
+    damping: float
+    k_perm: Tensor
+    order: Tensor
+    done: bool
+    pruned: Tensor
+    scale: Tensor | None = None
+
+
+def _start(problem: Problem, generator: torch.Generator, config: PruneConfig) -> _Job:
     original = torch.cat([w.float() for w in problem.weights])
     starts = _dense_starts(problem)
     dense = torch.where(dead_inputs(problem.hessian), 0.0, original)
-    damping = config.damping
-    plain_fp8 = config.dense_fraction == 1.0 or starts.max() == 0
-    if plain_fp8:
-        k_perm = _identity(problem)
-        pruned, scale = original, None
-        if config.fp8:
-            scale = fp8_scale(original)
-            pruned = round_to_fp8(original, scale[:, None])
-    else:
+    k_perm, damping = _identity(problem), config.damping
+    done = config.dense_fraction == 1.0 or int(starts.max()) == 0
+    if not done:
         k_perm, damping = choose_order(problem, dense, starts, config, generator)
-        order = gather_order(k_perm, _distinct(problem))
-        solve = _solve_obs if config.method == "obs" else _solve_mask
-        pruned, scale, damping = solve(problem, dense, starts, order, config, damping)
-    error, energy = _errors(pruned - original, original, problem.hessian)
+    order = gather_order(k_perm, _distinct(problem))
+    return _Job(problem, original, dense, starts, damping, k_perm, order, done, original)
+
+
+def _finish(job: _Job, config: PruneConfig) -> Solution:
+    problem, original = job.problem, job.original
+    if job.done and config.fp8:  # nothing is sparse: plain FP8 rounding
+        job.scale = fp8_scale(original)
+        job.pruned = round_to_fp8(original, job.scale[:, None])
+    error, energy = _errors(job.pruned - original, original, problem.hessian)
     sizes = [w.shape[0] for w in problem.weights]
     ratios = [
         float(e.sum() / s.sum().clamp_min(1e-30))
         for e, s in zip(error.split(sizes), energy.split(sizes), strict=True)
     ]
-    scales = None if scale is None else list(scale.split(sizes))
-    return Solution(k_perm.cpu(), list(pruned.split(sizes)), scales, ratios, damping)
+    scales = None if job.scale is None else list(job.scale.split(sizes))
+    return Solution(job.k_perm.cpu(), list(job.pruned.split(sizes)), scales, ratios, job.damping)
 
 
 def fp8_scale(weight: Tensor) -> Tensor:
@@ -116,12 +152,14 @@ def choose_order(
     k_perm = rank_columns(scores, _distinct(problem), problem.k_shards, config.permutation)
     if config.permutation == "search":
         order = gather_order(k_perm, _distinct(problem))
-        sample = _sample_rows(dense, config.search_rows, generator)
-        saliency = weight_saliency(config.method, dense[sample], hessian, inverse_diag)
+        saliency = weight_saliency(config.method, dense, hessian, inverse_diag)
         if problem.row_weights is not None:
-            saliency = saliency * torch.cat(problem.row_weights)[sample, None]
+            saliency = saliency * torch.cat(problem.row_weights)[:, None]
         positions = torch.arange(order.shape[0], device=order.device)
-        saliency = saliency[:, order] * (positions < starts[sample, None])
+        saliency = saliency[:, order] * (positions < starts[:, None])
+        # The rows with most to lose decide: they generalise far better than a random sample.
+        rows = saliency.sum(dim=1).topk(min(config.search_rows, saliency.shape[0])).indices
+        saliency = saliency[rows]
         found = search(saliency, _segments(problem), config.search_rounds, generator)
         k_perm = _shard_order(order[found], k_perm, _distinct(problem))
     return k_perm, damping
@@ -189,44 +227,57 @@ def row_curves(
     return torch.stack(losses).double()
 
 
-def _solve_obs(problem, dense, starts, order, config, damping):
-    sweep_order, first = order, 0
+def _sweep_all(jobs: list[_Job], config: PruneConfig) -> None:
+    """OBS sweep, refit and FP8 of jobs of one shape."""
+    if not jobs:
+        return
+    first = 0
+    orders, starts = [job.order for job in jobs], [job.starts for job in jobs]
     if config.dense_order == "first":
-        start = int(starts[0])
-        sweep_order, first = torch.cat([order[start:], order[:start]]), order.shape[0] - start
-        starts = torch.full_like(starts, order.shape[0])
-    hessian = permuted(problem.hessian, sweep_order)
-    _, factor, damping = damped_factor(hessian, damping, problem.name)
-    factor, hessian = factor[None], hessian[None]
-    target = dense[None][..., sweep_order]
-    swept = sweep(target, factor, starts, sparse_start=first, coupled=config.mask == "pair")
-    weight = refit(swept.weight, target, swept.mask, hessian, config.refit_steps)
-    scale = None
+        k, start = orders[0].shape[0], int(starts[0][0])
+        first = k - start
+        orders = [torch.cat([order[start:], order[:start]]) for order in orders]
+        starts = [torch.full_like(s, k) for s in starts]
+    hessians = [permuted(j.problem.hessian, o) for j, o in zip(jobs, orders, strict=True)]
+    factors = []
+    for job, hessian in zip(jobs, hessians, strict=True):
+        _, factor, job.damping = damped_factor(hessian, job.damping, job.problem.name)
+        factors.append(factor)
+    factor, start = torch.stack(factors), torch.stack(starts)
+    target = torch.stack([j.dense[:, o] for j, o in zip(jobs, orders, strict=True)])
+    swept = sweep(target, factor, start, sparse_start=first, coupled=config.mask == "pair")
+    weight = torch.cat([
+        refit(
+            swept.weight[i : i + 1], target[i : i + 1], swept.mask[i : i + 1], hessian[None],
+            config.refit_steps, starts[i],
+        )
+        for i, hessian in enumerate(hessians)
+    ])  # fmt: skip
     if config.fp8:
         scale = fp8_scale(weight)
         if config.fp8_feedback:
-            weight = sweep(weight, factor, starts, mask=swept.mask, scale=scale).weight
+            weight = sweep(weight, factor, start, mask=swept.mask, scale=scale).weight
         else:
             weight = round_to_fp8(weight, scale[..., None])
-        scale = scale[0]
-    return _restore(weight[0], sweep_order), scale, damping
+    for i, job in enumerate(jobs):
+        job.pruned = _restore(weight[i], orders[i])
+        job.scale = scale[i] if config.fp8 else None
 
 
-def _solve_mask(problem, dense, starts, order, config, damping):
+def _mask_only(job: _Job, config: PruneConfig) -> None:
     """Baselines without compensation: the mask by saliency, kept weights untouched."""
-    saliency = weight_saliency(config.method, dense, problem.hessian)[:, order]
-    k = order.shape[0]
+    if job.done:
+        return
+    saliency = weight_saliency(config.method, job.dense, job.problem.hessian)[:, job.order]
     keep = torch.ones_like(saliency, dtype=torch.bool)
-    for start in starts.unique().tolist():
-        rows = starts == start
+    for start in job.starts.unique().tolist():
+        rows = job.starts == start
         keep[rows, :start] = top2_mask(saliency[rows, :start]) if start else True
-    weight = _restore(dense[:, order] * keep, order)
-    scale = None
+    weight = _restore(job.dense[:, job.order] * keep, job.order)
     if config.fp8:
-        scale = fp8_scale(weight)
-        weight = round_to_fp8(weight, scale[:, None])
-    assert weight.shape[1] == k
-    return weight, scale, damping
+        job.scale = fp8_scale(weight)
+        weight = round_to_fp8(weight, job.scale[:, None])
+    job.pruned = weight
 
 
 def _restore(weight: Tensor, order: Tensor) -> Tensor:
@@ -286,10 +337,3 @@ def _dense_starts(problem: Problem) -> Tensor:
         rows = widths.repeat_interleave(TILE_ROWS)[: weight.shape[0]]
         parts.append(problem.k_shards * (size - rows))
     return torch.cat(parts).to(problem.hessian.device)
-
-
-def _sample_rows(weight: Tensor, count: int, generator) -> Tensor:
-    n = weight.shape[0]
-    if n <= count:
-        return torch.arange(n, device=weight.device)
-    return torch.randperm(n, generator=generator)[:count].sort().values.to(weight.device)

@@ -36,7 +36,7 @@ class PruneConfig:
             "obs" = sum_i W_ij^2 / [H^-1]_jj, "magnitude" = sum_i W_ij^2, "random".
         permutation: order of the 2:4 columns: "search" = snake, then local search over groups.
         search_rounds: rounds of that search; each tries one partner for every group.
-        search_rows: rows that the search looks at (a random sample when the matrix has more).
+        search_rows: rows that the search looks at, those with the largest saliency.
         mask: "pair" drops the exactly best pair of each group of four, "diagonal" ignores the
             coupling of the two (SparseGPT).
         refit_steps: conjugate-gradient steps on the kept weights after the sweep; 0 for none.
@@ -59,7 +59,7 @@ class PruneConfig:
         sensitivity_stride: the loss for it takes every so many positions.
         modules: extra nn.Linear names to prune beside those of the decoder layers (lm_head).
         skip: parts of names of nn.Linear to leave as they are.
-        seed: for random samples of rows and group pairings.
+        seed: for the group pairings of the search and for random columns.
     """
 
     dense_fraction: float = 0.25
@@ -67,10 +67,10 @@ class PruneConfig:
     strategy: str = "uniform"
     score: str = "wanda"
     permutation: str = "search"
-    search_rounds: int = 100
-    search_rows: int = 256
+    search_rounds: int = 50
+    search_rows: int = 512
     mask: str = "pair"
-    refit_steps: int = 30
+    refit_steps: int = 12
     damping: float = 0.01
     dense_order: str = "last"
     token_weighting: str = "norm"
@@ -97,7 +97,9 @@ class PruneConfig:
             raise PruneError(
                 f"PruneConfig: dense_fraction must be in 0..1, got {self.dense_fraction}"
             )
-        for name, low in (("search_rounds", 0), ("search_rows", 1), ("refit_steps", 0)):
+        for name, low in (
+            ("search_rounds", 0), ("search_rows", 1), ("refit_steps", 0), ("seed", 0),
+        ):  # fmt: skip
             self._integer(name, low)
         self._integer("k_shards", 1)
         self._integer("sensitivity_sequences", 1)

@@ -7,13 +7,14 @@ import hashlib
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError
 from spense_kernels.prune.calibrate import LayerWalk, check_calibration
-from spense_kernels.prune.compress import Problem, compress
+from spense_kernels.prune.compress import Problem, Solution, compress
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.groups import Group, decoder_layers
 from spense_kernels.prune.hessian import dead_inputs, permuted
@@ -51,6 +52,7 @@ def prune_model(
     work_dir=None,
     device="cpu",
     batch: int = 4,
+    layers_at_once: int = 1,
     on_layer: LayerCallback = install,
 ) -> PruneReport:
     """Prune the projections of all decoder layers in place.
@@ -68,6 +70,8 @@ def prune_model(
             settings goes on from there; None keeps nothing.
         device: where the layer in work computes; the model stays where it is.
         batch: sequences a forward pass.
+        layers_at_once: layers pruned together when statistics are given; more fill a GPU, need
+            memory in proportion, and are lost together in a kill.
         on_layer: what to do with the pruned projections of a layer.
 
     Raises PruneError for NaN or Inf in weights or activations (naming the projection), for a
@@ -76,6 +80,7 @@ def prune_model(
     """
     config = config or PruneConfig()
     run = _Run(model, calibration, config, statistics, progress, work_dir, device, batch)
+    run.at_once = 1 if statistics is None else max(1, layers_at_once)
     return run.prune(on_layer)
 
 
@@ -86,7 +91,7 @@ class _Run:
         self.statistics = statistics
         self.progress = progress or Quiet()
         self.device = torch.device(device)
-        self.batch = batch
+        self.batch, self.at_once = batch, 1
         self.prefix, self.layers = decoder_layers(model)
         self.report = PruneReport(config, calibration=describe_calibration(calibration))
         _check_weights(self.prefix, self.layers)
@@ -120,27 +125,51 @@ class _Run:
         if self.statistics is None:
             walk = LayerWalk(self.model, self.calibration, self.device, self.batch)
         self.progress.start("prune", len(self.layers))
-        for index, layer in enumerate(self.layers):
-            stored = self.store.get(f"layer_{index:04d}")
-            groups, hessians = self._statistics_of(index, walk, needed=stored is None)
-            if stored is None:
-                plan = plans[index] if plans else uniform_plan(layer, groups, self.config)
-                with self._timed("prune"):
-                    modules = self._prune_layer(index, groups, hessians, plan)
-                stored = {name: vars(m) for name, m in modules.items()}
-                self.store.put(f"layer_{index:04d}", stored)
-            else:
-                self.report.notes.append(f"{self.name(index)}: taken from work_dir")
-            modules = {name: PrunedModule(**fields) for name, fields in stored.items()}
-            if walk is not None and self.config.calibration == "sequential":
-                replace_weights(layer, modules)
-                with walk.on_device(index):
-                    walk.forward(index)
-            on_layer(layer, modules)
-            self._record(index, modules)
-            self.progress.advance()
+        for first in range(0, len(self.layers), self.at_once):
+            chunk = range(first, min(first + self.at_once, len(self.layers)))
+            stored = {index: self.store.get(f"layer_{index:04d}") for index in chunk}
+            self._prune_layers(stored, walk, plans)
+            for index in chunk:
+                self._put(index, stored[index], walk, on_layer)
         self.progress.finish()
         return self.report
+
+    def _prune_layers(self, stored: dict[int, dict | None], walk, plans) -> None:
+        """Fill in what is missing, several layers in one go, and store it."""
+        tasks = []
+        for index, found in stored.items():
+            groups, hessians = self._statistics_of(index, walk, needed=found is None)
+            if found is None:
+                layer = self.layers[index]
+                plan = plans[index] if plans else uniform_plan(layer, groups, self.config)
+                tasks.append(self._tasks(index, groups, hessians, plan))
+            else:
+                self.report.notes.append(f"{self.name(index)}: taken from work_dir")
+        with self._timed("prune"):
+            for layer_tasks in _alike(tasks):
+                names = [task.problem.name for task in layer_tasks]
+                problems = [task.problem for task in layer_tasks]
+                seeds = [seeded(self.config, name) for name in names]
+                for task, solution in zip(
+                    layer_tasks, compress(problems, self.config, seeds), strict=True
+                ):
+                    task.result = _modules(task, solution)
+        for layer_tasks in tasks:
+            index = layer_tasks[0].index
+            modules = {name: m for task in layer_tasks for name, m in task.result.items()}
+            stored[index] = {name: vars(m) for name, m in modules.items()}
+            self.store.put(f"layer_{index:04d}", stored[index])
+
+    def _put(self, index: int, stored: dict, walk, on_layer: LayerCallback) -> None:
+        layer = self.layers[index]
+        modules = {name: PrunedModule(**fields) for name, fields in stored.items()}
+        if walk is not None and self.config.calibration == "sequential":
+            replace_weights(layer, modules)
+            with walk.on_device(index):
+                walk.forward(index)
+        on_layer(layer, modules)
+        self._record(index, modules)
+        self.progress.advance()
 
     def _is_staircase(self) -> bool:
         return self.config.strategy == "staircase" and 0.0 < self.config.dense_fraction < 1.0
@@ -211,55 +240,44 @@ class _Run:
             statistics.sensitivity = found
         return statistics
 
-    def _prune_layer(
+    def _tasks(
         self, index: int, groups: list[Group], hessians: dict[str, Tensor], plan: LayerPlan
-    ) -> dict[str, PrunedModule]:
-        layer = self.layers[index]
+    ) -> list[_Task]:
         rows, columns = {}, {}
-        for pair in gated_pairs(layer, groups):
+        for pair in gated_pairs(self.layers[index], groups):
             if pair.gate in plan.row_order:
-                order = plan.row_order[pair.gate]
+                order = plan.row_order[pair.gate].to(self.device)
                 rows[pair.gate] = rows[pair.up] = columns[pair.down] = order
-        result = {}
-        for group in groups:
-            result.update(
-                self._prune_group(index, group, hessians[group.name], plan, rows, columns)
-            )
-        return result
+        return [self._task(index, g, hessians[g.name], plan, rows, columns) for g in groups]
 
-    def _prune_group(self, index, group: Group, hessian: Tensor, plan, rows, columns):
-        layer, full = self.layers[index], self.name(index) + group.name
+    def _task(self, index, group: Group, hessian: Tensor, plan, rows, columns) -> _Task:
+        layer = self.layers[index]
         hessian = hessian.to(self.device)
         weights, biases = [], []
         for name in group.modules:
             module = layer.get_submodule(name)
             weight, bias = module.weight.detach().to(self.device), module.bias
-            bias = None if bias is None else bias.detach()
+            bias = None if bias is None else bias.detach().to(self.device)
             if name in rows:
-                weight = weight[rows[name].to(self.device)]
-                bias = None if bias is None else bias[rows[name].to(bias.device)]
+                weight = weight[rows[name]]
+                bias = None if bias is None else bias[rows[name]]
             if name in columns:
-                weight = weight[:, columns[name].to(self.device)]
+                weight = weight[:, columns[name]]
             weights.append(weight)
             biases.append(bias)
         if group.name in columns:
-            hessian = permuted(hessian, columns[group.name].to(self.device))
+            hessian = permuted(hessian, columns[group.name])
         weighting = [plan.row_weights[m].to(self.device) for m in group.modules
                      if m in plan.row_weights]  # fmt: skip
         problem = Problem(
-            full,
+            self.name(index) + group.name,
             weights,
             hessian,
             [plan.widths[name] for name in group.modules],
             shards_of(group, self.config),
             weighting or None,
         )
-        solution = compress(problem, self.config, seeded(self.config, full))
-        dead = int(dead_inputs(hessian).sum())
-        return {
-            name: _module(solution, i, biases[i], problem.widths[i], dead)
-            for i, name in enumerate(group.modules)
-        }
+        return _Task(index, group, problem, biases)
 
     def _record(self, index: int, modules: dict[str, PrunedModule]) -> None:
         for name, pruned in modules.items():
@@ -285,23 +303,49 @@ class _Run:
                 self.report.notes.append(f"{full}: {pruned.dead_inputs} dead inputs")
 
 
-def _module(solution, i: int, bias, widths: Tensor, dead: int) -> PrunedModule:
-    weight, scale = solution.weights[i], None
-    if solution.scales is not None:
-        scale = solution.scales[i]
-        codes = (weight / scale[:, None]).to(torch.float8_e4m3fn).view(torch.uint8)
-        weight = torch.where(codes == 0x80, 0, codes).cpu()  # -0 counts as zero
-        scale = scale.cpu()
-    return PrunedModule(
-        weight.cpu(),
-        scale,
-        None if bias is None else bias.cpu(),
-        solution.k_perm,
-        widths,
-        solution.errors[i],
-        solution.damping,
-        dead,
-    )
+@dataclass
+class _Task:
+    index: int
+    group: Group
+    problem: Problem
+    biases: list[Tensor | None]
+    result: dict[str, PrunedModule] = field(default_factory=dict)
+
+
+def _alike(tasks: list[list[_Task]]) -> list[list[_Task]]:
+    """The same group of all layers together where shapes agree, else one by one."""
+    if not tasks:
+        return []
+
+    def shapes(layer_tasks):
+        return [[w.shape for w in task.problem.weights] for task in layer_tasks]
+
+    if all(shapes(layer_tasks) == shapes(tasks[0]) for layer_tasks in tasks):
+        return [list(same) for same in zip(*tasks, strict=True)]
+    return [[task] for layer_tasks in tasks for task in layer_tasks]
+
+
+def _modules(task: _Task, solution: Solution) -> dict[str, PrunedModule]:
+    dead = int(dead_inputs(task.problem.hessian).sum())
+    found = {}
+    for i, name in enumerate(task.group.modules):
+        weight, scale, bias = solution.weights[i], None, task.biases[i]
+        if solution.scales is not None:
+            scale = solution.scales[i].cpu()
+            codes = (weight / solution.scales[i][:, None]).to(torch.float8_e4m3fn)
+            codes = codes.view(torch.uint8)
+            weight = torch.where(codes == 0x80, 0, codes)  # -0 counts as zero
+        found[name] = PrunedModule(
+            weight.cpu(),
+            scale,
+            None if bias is None else bias.cpu(),
+            solution.k_perm,
+            task.problem.widths[i],
+            solution.errors[i],
+            solution.damping,
+            dead,
+        )
+    return found
 
 
 def _check_weights(prefix: str, layers) -> None:

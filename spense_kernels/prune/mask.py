@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -82,7 +84,7 @@ def choose_pair(group: Tensor, costs: Tensor) -> Tensor:
     Returns bool [..., 4, N], True = kept.
     """
     cheapest = torch.matmul(costs, products(group)).argmin(dim=-2, keepdim=True)
-    keep = _KEEP.to(group.device)
+    keep = _kept(group.device)
     return torch.stack([keep[i][cheapest.squeeze(-2)] for i in range(4)], dim=-2)
 
 
@@ -99,4 +101,7 @@ def choose_single(group: Tensor, group_factor: Tensor) -> Tensor:
     return index != cheapest
 
 
-_KEEP = torch.tensor([[i not in pair for pair in PAIRS] for i in range(4)])
+@functools.cache
+def _kept(device: torch.device) -> Tensor:
+    """bool [4, 6]: whether a place survives each dropped pair."""
+    return torch.tensor([[i not in pair for pair in PAIRS] for i in range(4)], device=device)

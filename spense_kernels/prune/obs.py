@@ -36,11 +36,11 @@ class Swept:
 
 @dataclass
 class _Rules:
-    start: Tensor  # [B, 1, N] first sparse column of each row
-    stop: Tensor  # [B, 1, N] one behind the last
-    low: int
-    high: int
+    stop: Tensor  # [B, 1, N] one behind the last sparse column of each row
+    low: int  # first sparse column
+    high: int  # one behind the last of any row
     coupled: bool
+    ragged: bool  # K leaves a last group of three
     mask: Tensor | None  # [B, K, N]
     scale: Tensor | None  # [B, N]
 
@@ -87,11 +87,11 @@ def _make_rules(weight, dense_start, sparse_start, mask, scale, coupled) -> _Rul
     batch, n, _k = weight.shape
     device = weight.device
     stop = torch.as_tensor(dense_start, device=device).expand(batch, n)[:, None, :]
-    start = torch.full_like(stop, sparse_start)
     high = int(stop.max())
     if mask is not None:
         mask = mask.transpose(1, 2)
-    return _Rules(start, stop, sparse_start, high, coupled, mask, scale)
+    ragged = weight.shape[2] % 4 == 3
+    return _Rules(stop, sparse_start, high, coupled, ragged, mask, scale)
 
 
 def _sweep_block(work: Tensor, keep: Tensor, factor: Tensor, first: int, rules: _Rules) -> Tensor:
@@ -133,7 +133,7 @@ def _choose(group, factor, costs, index: int, place: int, rules: _Rules) -> Tens
         keep = choose_pair(group, costs[:, index]) | (room < 4)
     else:
         keep = torch.ones_like(group, dtype=torch.bool)
-    if size >= 3 and bool((room == 3).any()):
+    if rules.ragged and size >= 3:
         single = choose_single(group[:, :3], factor[:, :3, :3])
         keep[:, :3] = torch.where(room == 3, single, keep[:, :3])
     return keep

@@ -12,6 +12,7 @@ _PAIR = list(combinations(range(8), 2))
 _PAIR_INDEX = {pair: i for i, pair in enumerate(_PAIR)}
 # The 35 ways to cut eight columns into two groups of four; the first leaves things as they are.
 _SPLITS = [(0, *rest) for rest in combinations(range(1, 8), 3)]
+_GPU_ELEMENTS = 1 << 27  # of all groups in work at a time
 _QUADS = [
     (quad, tuple(c for c in range(8) if c not in quad)) for quad in _SPLITS
 ]  # fmt: skip
@@ -81,11 +82,33 @@ def split_values(columns: Tensor, eight: Tensor) -> Tensor:
 
     Returns float32 [35, P].
     """
-    rows = columns.shape[1]
+    if columns.is_cuda:
+        size = max(1, _GPU_ELEMENTS // (70 * columns.shape[1]))
+        return torch.cat([_values_at_once(columns, part) for part in eight.split(size)], dim=1)
+    return _values_one_by_one(columns, eight)
+
+
+def _values_at_once(columns: Tensor, eight: Tensor) -> Tensor:
+    """All 70 groups in a few kernels."""
     data = columns[eight.T]  # [8, P, N]
+    pair = torch.tensor(_PAIR, device=columns.device)
+    left, right = data[pair[:, 0]], data[pair[:, 1]]
+    larger, total = torch.maximum(left, right), left + right
+    quads = torch.tensor(
+        [[_PAIR_INDEX[q[0], q[1]], _PAIR_INDEX[q[2], q[3]]] for both in _QUADS for q in both],
+        device=columns.device,
+    )
+    across = larger[quads[:, 0]] + larger[quads[:, 1]]
+    inside = torch.maximum(total[quads[:, 0]], total[quads[:, 1]])
+    return torch.maximum(across, inside).sum(dim=-1).unflatten(0, (-1, 2)).sum(dim=1)
+
+
+def _values_one_by_one(columns: Tensor, eight: Tensor) -> Tensor:
+    """One group after another, so that a CPU's caches hold what is in work."""
+    data = columns[eight.T]
     larger = [torch.maximum(data[i], data[j]) for i, j in _PAIR]
     total = [data[i] + data[j] for i, j in _PAIR]
-    ones = torch.ones(rows, device=columns.device)
+    ones = torch.ones(columns.shape[1], device=columns.device)
     out = torch.empty(len(_QUADS), eight.shape[0], device=columns.device)
     buffer = torch.empty_like(data[0])
     other = torch.empty_like(buffer)

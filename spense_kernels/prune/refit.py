@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refit of all kept weights at once, the mask held fixed."""
+"""Refit of all kept weights at once, the mask held fixed.
+
+Dense columns are free in every row, so they are eliminated exactly: for any sparse part V_s the
+best dense part is W_d - (V_s - W_s) H_sd H_dd^-1, and what is left to minimise has the Schur
+complement H_ss - H_sd H_dd^-1 H_ds in place of H. It is smaller, and far better conditioned when
+the dense columns are the strongest ones: 5 steps then do what 100 do on the whole of H.
+"""
 
 from __future__ import annotations
 
@@ -15,49 +21,72 @@ def refit(
     mask: Tensor,
     hessian: Tensor,
     steps: int,
+    dense_start: Tensor | int | None = None,
     damping: float = 1e-4,
 ) -> Tensor:
     """Minimise tr((V - target) H (V - target)^T) over V with V = 0 off the mask.
 
-    Conjugate gradients with the diagonal of H as preconditioner, every row on its own, started at
-    `weight`. A step never raises the objective.
+    Conjugate gradients with the diagonal as preconditioner, every row on its own, started at
+    `weight`. No step raises the objective.
 
     Args:
         weight: float32 [B, N, K], zero off the mask.
         target: float32 [B, N, K], the dense weights.
-        mask: bool [B, N, K].
+        mask: bool [B, N, K]; true from dense_start on.
         hessian: float32 [B, K, K] without damping.
-        steps: iterations; each costs 2 B N K^2 flop.
+        steps: iterations; each costs 2 B N S^2 flop for S sparse columns. 0 changes nothing.
+        dense_start: first column of the dense part: int or integer tensor [N]; None for K.
         damping: added to diag(H), relative to its mean over live inputs.
 
     Returns float32 [B, N, K].
     """
     if steps == 0:
         return weight
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    live = (diagonal > 0).sum(dim=-1, keepdim=True).clamp_min(1)
-    ridge = damping * diagonal.sum(dim=-1, keepdim=True) / live
-    ridge = torch.where(ridge > 0, ridge, 1.0)
-    out = torch.empty_like(weight)
-    rows = weight.shape[1] if weight.is_cuda else ROWS
-    for a in range(0, weight.shape[1], rows):
-        part = slice(a, a + rows)
-        out[:, part] = _refit_rows(
-            weight[:, part], target[:, part], mask[:, part], hessian, ridge[:, None], steps
-        )
+    ridged = _ridged(hessian, damping)
+    k, n = hessian.shape[-1], weight.shape[1]
+    starts = torch.as_tensor(k if dense_start is None else dense_start, device=weight.device)
+    starts = starts.expand(n)
+    out = weight.clone()
+    for start in starts.unique().tolist():
+        rows = (starts == start).nonzero().flatten()
+        problem = weight[:, rows], target[:, rows], mask[:, rows]
+        out[:, rows] = _refit_block(*problem, ridged, steps, start)
     return out
 
 
-def _refit_rows(weight, target, mask, hessian, ridge, steps: int) -> Tensor:
+def _refit_block(weight, target, mask, hessian, steps: int, start: int) -> Tensor:
+    """Rows whose first `start` columns are sparse."""
+    if start == 0:
+        return target.clone()
+    sparse, dense = slice(0, start), slice(start, None)
+    k = hessian.shape[-1]
+    reduced, back = hessian, None
+    if start < k:
+        lower = torch.linalg.cholesky(hessian[:, dense, dense])
+        back = torch.cholesky_solve(hessian[:, dense, sparse], lower)  # H_dd^-1 H_ds
+        reduced = hessian[:, sparse, sparse] - hessian[:, sparse, dense] @ back
+        reduced = 0.5 * (reduced + reduced.transpose(1, 2))
+    out = torch.empty_like(weight)
+    size = weight.shape[1] if weight.is_cuda else ROWS
+    for a in range(0, weight.shape[1], size):
+        rows = slice(a, a + size)
+        part = weight[:, rows, sparse], target[:, rows, sparse], mask[:, rows, sparse]
+        out[:, rows, sparse] = _conjugate_gradients(*part, reduced, steps)
+    if back is not None:
+        delta = out[:, :, sparse] - target[:, :, sparse]
+        out[:, :, dense] = target[:, :, dense] - delta @ back.transpose(1, 2)
+    return out
+
+
+def _conjugate_gradients(weight, target, mask, hessian, steps: int) -> Tensor:
     keep = mask.float()
-    inverse = 1.0 / (hessian.diagonal(dim1=-2, dim2=-1)[:, None] + ridge)
+    inverse = 1.0 / hessian.diagonal(dim1=-2, dim2=-1)[:, None]
     value = weight.clone()
-    delta = value - target
-    residual = torch.baddbmm(delta * ridge, delta, hessian).neg_().mul_(keep)
+    residual = torch.matmul(target - value, hessian).mul_(keep)
     direction = residual * inverse
     energy = _dot(residual, direction)
     for _ in range(steps):
-        image = torch.baddbmm(direction * ridge, direction, hessian).mul_(keep)
+        image = torch.matmul(direction, hessian).mul_(keep)
         curvature = _dot(direction, image)
         step = torch.where(curvature > 0, energy / curvature, 0.0)
         value.addcmul_(step, direction)
@@ -67,6 +96,15 @@ def _refit_rows(weight, target, mask, hessian, ridge, steps: int) -> Tensor:
         direction.mul_(torch.where(energy > 0, new / energy, 0.0)).add_(preconditioned)
         energy = new
     return value
+
+
+def _ridged(hessian: Tensor, damping: float) -> Tensor:
+    out = hessian.clone()
+    diagonal = out.diagonal(dim1=-2, dim2=-1)
+    live = (diagonal > 0).sum(dim=-1, keepdim=True).clamp_min(1)
+    ridge = damping * diagonal.sum(dim=-1, keepdim=True) / live
+    diagonal += torch.where(ridge > 0, ridge, 1.0)
+    return out
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

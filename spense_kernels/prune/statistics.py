@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError
@@ -12,7 +14,7 @@ from spense_kernels.prune.calibrate import LayerWalk
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.groups import Group
 from spense_kernels.prune.sensitivity import output_sensitivity
-from spense_kernels.prune.store import tensor_digest
+from spense_kernels.prune.store import tensor_digest, write_atomic
 
 
 class Quiet:
@@ -55,6 +57,28 @@ class Statistics:
     @property
     def bytes(self) -> int:
         return sum(h.numel() * 4 for layer in self.layers for h in layer.hessians.values())
+
+    def save(self, path) -> None:
+        """Write to a file, beside it first."""
+        layers = [
+            {"groups": [asdict(g) for g in layer.groups], "hessians": layer.hessians}
+            for layer in self.layers
+        ]
+        value = {**vars(self), "layers": layers}
+        write_atomic(Path(path), lambda file: torch.save(value, file))
+
+    @classmethod
+    def load(cls, path) -> Statistics:
+        """Read what `save` wrote; Hessians stay mapped to the file until they are used."""
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        value["layers"] = [
+            LayerStatistics(
+                [Group(**{**g, "modules": tuple(g["modules"])}) for g in layer["groups"]],
+                layer["hessians"],
+            )
+            for layer in value["layers"]
+        ]
+        return cls(**value)
 
 
 def describe_calibration(calibration: Tensor) -> dict:

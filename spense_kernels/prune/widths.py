@@ -15,15 +15,14 @@ TILE_ROWS = 128
 
 
 def round_width(share: float, columns: int) -> int:
-    """Dense columns of a shard of `columns` for a share: a multiple of 16 below it, or all.
+    """Dense columns of a shard of `columns` for a share: the nearest legal width, halves up.
 
-    The nearest multiple, halves up; only share 1 makes the whole shard dense when 16 does not
-    divide it.
+    Legal are multiples of 16 and the whole shard, as in `Split.from_fraction`.
     """
-    if share >= 1.0:
-        return columns
-    width = int(share * columns / GRANULE + 0.5) * GRANULE
-    return width if width < columns else (columns - 1) // GRANULE * GRANULE
+    target = share * columns
+    below = int(target) // GRANULE * GRANULE
+    above = min(below + GRANULE, columns)
+    return above if target - below >= above - target else below
 
 
 def width_list(shares, columns: int) -> list[int]:

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from spense_kernels.cli.guard import new_directory
+from spense_kernels.cli.guard import check_replaceable, need_space, new_directory
 from spense_kernels.cli.options import Force, Json, Seed
 from spense_kernels.errors import UserError
 
 _FIRST_TRY = "demo_out"
+NEEDED_BYTES = 700 << 20  # the checkpoint of the default model, with room
 
 
 def demo(
@@ -47,6 +48,8 @@ def demo(
     if not 0.0 <= dense_fraction <= 1.0:
         raise UserError(f"--dense-fraction: expected 0 to 1, got {dense_fraction}")
     folder = _fresh_folder() if out is None else new_directory(out, force)
+    check_replaceable(folder / "checkpoint")
+    need_space(folder, NEEDED_BYTES)
 
     from spense_kernels.demo.report import summary
     from spense_kernels.demo.run import run_demo

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from spense_kernels.cli.guard import need_space, new_directory
+from spense_kernels.cli.guard import check_replaceable, need_space, new_directory
 from spense_kernels.cli.options import (
     Device,
     DType,
@@ -80,7 +80,7 @@ def prune(
     if not dry_run:
         if out is None:
             raise UserError("prune: --out is missing (or pass --dry-run)")
-        _check_out(out, force)
+        check_replaceable(new_directory(out, force))
         _check_work_dir(work_dir, resume)
     from spense_kernels.cli import pruning
 
@@ -101,14 +101,6 @@ def prune(
         print_json(result)
     else:
         typer.echo(pruning.text(result))
-
-
-def _check_out(out: Path, force: bool) -> None:
-    from spense_kernels.models import is_spense_checkpoint
-
-    new_directory(out, force)
-    if out.exists() and any(out.iterdir()) and not is_spense_checkpoint(out):
-        raise UserError(f"--out {out}: holds no spense checkpoint, so --force does not replace it")
 
 
 def _check_work_dir(work_dir: Path | None, resume: bool) -> None:

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""prune_model on tiny models of four families: end to end, statistics, baselines, options."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from prune_models import (
+    FAMILIES,
+    Keep,
+    distance,
+    make,
+    pruned_tensors,
+    quick,
+    same,
+    tokens_for_calibration,
+)
+
+from spense_kernels import prune
+from spense_kernels.errors import PruneError
+from spense_kernels.linear import SpenseLinear
+from spense_kernels.prune import collect_statistics, prune_model, shallow_clone
+from spense_kernels.prune.calibrate import LayerWalk
+from spense_kernels.prune.mask import is_2to4
+from spense_kernels.prune.sensitivity import output_sensitivity
+from spense_kernels.quant import quantize_weight
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return tokens_for_calibration()
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    return make("gemma3")
+
+
+@pytest.fixture(scope="module")
+def gemma_statistics(gemma, tokens):
+    return collect_statistics(gemma, tokens, quick(strategy="staircase"))
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "staircase"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_families_end_to_end(family, strategy, tokens):
+    model = make(family)
+    target = shallow_clone(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    report = prune_model(target, tokens, quick(strategy=strategy))
+    linears = [m for m in target.modules() if isinstance(m, SpenseLinear)]
+    assert len(linears) == len(report.modules) == 2 * 7
+    assert isinstance(target.lm_head, nn.Linear)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    for entry in report.modules:
+        assert 0 < entry.relative_error < 0.3, entry.name
+        weight = target.get_submodule(entry.name).hybrid_weight()
+        assert is_2to4(sparse_part(weight))
+    assert report.dense_fraction <= 0.25 + (0.15 if strategy == "uniform" else 1e-9)
+    assert json.loads(json.dumps(report.to_json()))["modules"][0]["name"].endswith("q_proj")
+    out = target(tokens).logits
+    assert torch.isfinite(out).all()
+    # Pruned is close to dense compared with how far outputs spread.
+    assert distance(model, target, tokens) < 0.5 * float(model(tokens).logits.var())
+
+
+def sparse_part(weight) -> torch.Tensor:
+    """Floats of tile 0's sparse columns in the gather order."""
+    split = weight.split
+    stop = split.k - split.k_shards * split.widths[0]
+    return weight.dequantize()[:128][:, split.gather()[: stop // 4 * 4].long()]
+
+
+def test_groups_and_norms_are_found(gemma, tokens):
+    for model, follows in ((gemma, True), (make("llama"), False)):
+        walk = LayerWalk(model, tokens)
+        groups = walk.find_groups(0)
+        names = [tuple(m.rsplit(".", 1)[-1] for m in g.modules) for g in groups]
+        assert names == [
+            ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",),
+        ]  # fmt: skip
+        assert [g.norm_follows for g in groups] == [False, follows, False, follows]
+
+
+def test_walk_reproduces_the_model(gemma, tokens):
+    walk = LayerWalk(gemma, tokens, batch=4)
+    for index in range(2):
+        walk.forward(index)
+    expected = gemma.model(tokens, output_hidden_states=True).hidden_states
+    final = gemma.model.norm(torch.cat(walk.hidden))
+    torch.testing.assert_close(final, expected[-1], rtol=1e-5, atol=1e-5)
+
+
+def test_hessians_against_definition(gemma, tokens, gemma_statistics):
+    seen = {}
+
+    def hook(name):
+        def take(module, args, output):
+            seen[name] = (args[0].flatten(0, 1).double(), output.flatten(0, 1).double())
+
+        return take
+
+    handles = []
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        module = gemma.model.layers[1].get_submodule(name)
+        handles.append(module.register_forward_hook(hook(name)))
+    gemma(tokens)
+    for handle in handles:
+        handle.remove()
+    found = gemma_statistics.layers[1].hessians
+    x, _ = seen["self_attn.q_proj"]
+    torch.testing.assert_close(found["self_attn.q_proj"].double(), x.T @ x, rtol=1e-4, atol=1e-4)
+    x, y = seen["mlp.down_proj"]
+    weighted = (x / y.square().mean(dim=1, keepdim=True)).T @ x
+    relative = (found["mlp.down_proj"].double() - weighted).norm() / weighted.norm()
+    assert relative < 1e-4
+
+
+def test_sensitivity_against_autograd(gemma, tokens, gemma_statistics):
+    """Layer by layer equals one backward pass through the model."""
+    ids = tokens[:2]
+    groups = [layer.groups for layer in gemma_statistics.layers]
+    found = output_sensitivity(gemma, ids, groups, weighting="norm")
+    plain = output_sensitivity(gemma, ids, groups, weighting="none")
+    outputs, handles = {}, []
+
+    def hook(name):
+        def take(module, args, output):
+            output.requires_grad_() if not output.requires_grad else None
+            output.retain_grad()
+            outputs[name] = output
+
+        return take
+
+    for name, module in gemma.model.layers.named_modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_hook(hook("model.layers." + name)))
+    logits = gemma(ids).logits[:, :-1].flatten(0, 1)
+    nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    assert set(found) == set(outputs)
+    for name, y in outputs.items():
+        g = y.grad.flatten(0, 1).double()
+        expected = g.square().mean(dim=0)
+        torch.testing.assert_close(plain[name].double(), expected, rtol=1e-3, atol=1e-12)
+        if name.endswith(("o_proj", "down_proj")):
+            energy = y.detach().flatten(0, 1).double().square().mean(dim=1, keepdim=True)
+            expected = (g.square() * energy).mean(dim=0)
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-3, atol=1e-12)
+
+
+def test_fraction_one_is_plain_fp8_bit_for_bit(gemma, tokens, gemma_statistics):
+    for strategy in ("uniform", "staircase"):
+        keep = pruned_tensors(
+            gemma, tokens, quick(dense_fraction=1.0, strategy=strategy), statistics=gemma_statistics
+        )
+        for index, modules in enumerate(keep.layers):
+            for name, pruned in modules.items():
+                linear = gemma.model.layers[index].get_submodule(name)
+                codes, scale = quantize_weight(linear.weight)
+                codes = torch.where(codes == 0x80, 0, codes)
+                assert torch.equal(pruned.weight, codes)
+                assert torch.equal(pruned.scale, scale)
+
+
+def test_fraction_zero_is_the_pure_path(gemma, tokens, gemma_statistics):
+    """A staircase without dense weights, and widths that round to nothing, equal plain 2:4."""
+    pure = pruned_tensors(gemma, tokens, quick(dense_fraction=0.0), statistics=gemma_statistics)
+    stairs = quick(dense_fraction=0.0, strategy="staircase")
+    tiny = quick(dense_fraction=0.04)  # 0.04 * 160 = 6.4 columns: rounds to 0
+    for config in (stairs, tiny):
+        assert same(pure, pruned_tensors(gemma, tokens, config, statistics=gemma_statistics))
+    for modules in pure.layers:
+        for pruned in modules.values():
+            assert is_2to4(pruned.dequantized()[:, pruned.split.gather().long()])
+
+
+def test_statistics_and_streaming_agree(gemma, tokens, gemma_statistics):
+    for strategy in ("uniform", "staircase"):
+        config = quick(strategy=strategy)
+        given = pruned_tensors(gemma, tokens, config, statistics=gemma_statistics)
+        assert same(given, pruned_tensors(gemma, tokens, config))
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "staircase"])
+def test_layers_together_and_apart(strategy, gemma, tokens, gemma_statistics):
+    """Layers pruned in one batch get the same masks; values may be rounded differently."""
+    config = quick(strategy=strategy, fp8=False)
+    apart = pruned_tensors(gemma, tokens, config, statistics=gemma_statistics)
+    options = {"statistics": gemma_statistics, "layers_at_once": 2}
+    together = pruned_tensors(gemma, tokens, config, **options)
+    for one, two in zip(apart.layers, together.layers, strict=True):
+        for name, pruned in one.items():
+            a, b = pruned.weight, two[name].weight
+            assert (a - b).norm() <= 1e-3 * a.norm(), name
+            assert torch.equal(pruned.k_perm, two[name].k_perm)
+
+
+def test_statistics_survive_a_file(gemma, tokens, gemma_statistics, tmp_path):
+    gemma_statistics.save(tmp_path / "s.pt")
+    loaded = prune.Statistics.load(tmp_path / "s.pt")
+    assert loaded.layers[0].groups == gemma_statistics.layers[0].groups
+    config = quick(strategy="staircase")
+    a = pruned_tensors(gemma, tokens, config, statistics=gemma_statistics)
+    assert same(a, pruned_tensors(gemma, tokens, config, statistics=loaded))
+
+
+def test_error_falls_with_the_dense_fraction_and_by_method(gemma, tokens, gemma_statistics):
+    def error(**changes):
+        config = quick(fp8=False, token_weighting="norm", **changes)
+        report = prune_model(
+            shallow_clone(gemma), tokens, config, statistics=gemma_statistics, on_layer=Keep()
+        )
+        return report.mean_relative_error
+
+    by_fraction = [error(dense_fraction=d) for d in (0.0, 0.25, 0.5, 1.0)]
+    assert by_fraction == sorted(by_fraction, reverse=True)
+    assert by_fraction[-1] == 0.0
+    full = error(dense_fraction=0.25)
+    wanda = error(dense_fraction=0.25, method="wanda")
+    magnitude = error(dense_fraction=0.25, method="magnitude", score="magnitude")
+    assert full < 0.7 * wanda < 0.7 * magnitude
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_baselines_only_mask(method, gemma, tokens, gemma_statistics):
+    config = quick(method=method, fp8=False, permutation="none", dense_fraction=0.0)
+    keep = pruned_tensors(gemma, tokens, config, statistics=gemma_statistics)
+    pruned = keep.layers[0]["mlp.gate_proj"]
+    weight = gemma.model.layers[0].mlp.gate_proj.weight
+    kept = pruned.weight != 0
+    assert torch.equal(pruned.weight[kept], weight[kept])
+    assert is_2to4(pruned.weight)
+    assert kept.float().mean() == 0.5
+
+
+def test_sorted_rows_leave_the_function_alone(gemma, tokens, gemma_statistics):
+    """Gate/up rows and down columns move together: nearly dense, the layer computes the same."""
+    config = quick(
+        strategy="staircase", dense_fraction=0.999, widths=(0.0, 1.0), fp8=False, refit_steps=0
+    )
+    target = shallow_clone(gemma)
+    prune_model(target, tokens, config, statistics=gemma_statistics)
+    old = gemma.model.layers[0].mlp.gate_proj.weight
+    new = target.model.layers[0].mlp.gate_proj.weight
+    assert not torch.equal(old, new)
+    x = torch.randn(5, 48)
+    expected = gemma.model.layers[0].mlp(x)
+    got = target.model.layers[0].mlp(x)
+    # The budget leaves at most one 128-row tile sparse over the model: most layers are exact.
+    assert (got - expected).norm() < 0.2 * expected.norm()
+
+
+def test_k_shards_only_where_rows_are_parallel(gemma, tokens, gemma_statistics):
+    config = quick(k_shards=2, dense_fraction=0.5)
+    keep = pruned_tensors(gemma, tokens, config, statistics=gemma_statistics)
+    shards = {name: p.split.k_shards for name, p in keep.layers[0].items()}
+    # o_proj has K = 48, no multiple of 32.
+    assert shards["mlp.down_proj"] == 2
+    assert set(shards.values()) == {1, 2}
+    assert shards["self_attn.o_proj"] == 1
+    stairs = quick(k_shards=2, strategy="staircase")
+    keep = pruned_tensors(gemma, tokens, stairs, statistics=gemma_statistics)
+    down = keep.layers[0]["mlp.down_proj"].split
+    assert down.k_shards == 2
+    assert down.shard_columns == 80
+
+
+def test_sequential_calibration_differs_after_the_first_layer(gemma, tokens, gemma_statistics):
+    static = pruned_tensors(gemma, tokens, quick(), statistics=gemma_statistics)
+    target = shallow_clone(gemma)
+    keep = Keep()
+    prune_model(target, tokens, quick(calibration="sequential"), on_layer=keep)
+    assert torch.equal(static.layers[0]["mlp.up_proj"].weight, keep.layers[0]["mlp.up_proj"].weight)
+    a, b = static.layers[1]["mlp.up_proj"].weight, keep.layers[1]["mlp.up_proj"].weight
+    assert not torch.equal(a, b)
+    config = quick(calibration="sequential")
+    with pytest.raises(PruneError, match="sequential"):
+        prune_model(target, tokens, config, statistics=gemma_statistics)

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compensation sweep, refit and FP8: losses against their definitions."""
+
+import pytest
+import torch
+
+from spense_kernels.errors import PruneError
+from spense_kernels.prune.hessian import (
+    accumulate,
+    damp,
+    damped_factor,
+    dead_inputs,
+    inverse_factor,
+    symmetrize,
+    token_weights,
+)
+from spense_kernels.prune.mask import is_2to4
+from spense_kernels.prune.obs import FP8_MAX, round_to_fp8, sweep
+from spense_kernels.prune.refit import refit
+from spense_kernels.quant import round_fp8
+
+
+def problem(n=96, k=160, seed=0, tokens=400):
+    """Correlated inputs with a few strong channels, like those of a language model."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(k, k, generator=generator) / k**0.5 + torch.eye(k)
+    x = torch.randn(tokens, k, generator=generator) @ mix
+    x *= torch.exp(torch.randn(k, generator=generator))
+    weight = torch.randn(n, k, generator=generator)
+    return weight, x.T @ x
+
+
+def loss(pruned, weight, hessian):
+    change = (pruned - weight).double()
+    return ((change @ hessian.double()) * change).sum(dim=-1)
+
+
+def test_factor_gives_the_inverse():
+    _, hessian = problem()
+    damped, factor, used = damped_factor(hessian, 0.01)
+    assert used == 0.01
+    assert torch.equal(factor, factor.triu())
+    product = factor.double().T @ factor.double() @ damped.double()
+    # float32 Cholesky: error about eps * condition number (some 1e4 here) * sqrt(k).
+    assert (product - torch.eye(160)).abs().max() < 2**-24 * 1e5 * 160**0.5
+
+
+def test_accumulate_is_the_weighted_second_moment():
+    x = torch.randn(50, 700, generator=torch.Generator().manual_seed(0))
+    weight = torch.rand(50, generator=torch.Generator().manual_seed(1))
+    hessian = torch.zeros(700, 700)
+    accumulate(hessian, x[:20], weight[:20])
+    accumulate(hessian, x[20:], weight[20:])
+    symmetrize(hessian)
+    expected = (x.double() * weight.double()[:, None]).T @ x.double()
+    bound = 50 * 2**-23 * float(x.abs().max() ** 2)  # 50 terms, each rounded once or twice
+    assert (hessian.double() - expected).abs().max() <= bound
+    assert torch.equal(hessian, hessian.T)
+
+
+def test_token_weights_of_a_zero_row():
+    y = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    assert token_weights(y).tolist() == [pytest.approx(1 / 12.5), 0.0]
+
+
+@pytest.mark.parametrize(("k", "start"), [(160, 160), (160, 112), (640, 480), (160, 0), (70, 54)])
+def test_row_loss_is_the_damped_loss(k, start):
+    weight, hessian = problem(k=k)
+    damped = damp(hessian, 0.01)
+    swept = sweep(weight[None], inverse_factor(damped)[None], start)
+    direct = loss(swept.weight[0], weight, damped)
+    torch.testing.assert_close(swept.row_loss[0].double(), direct, rtol=1e-3, atol=1e-6)
+    assert is_2to4(swept.weight[0, :, : start // 4 * 4])
+    if start == 0:
+        assert torch.equal(swept.weight[0], weight)
+
+
+@pytest.mark.parametrize("k", [64, 65, 66, 67, 3, 1])
+def test_short_last_group(k):
+    weight, hessian = problem(k=k)
+    swept = sweep(weight[None], inverse_factor(damp(hessian, 0.01))[None], k)
+    assert is_2to4(swept.weight[0])
+    assert swept.mask[0].sum(dim=1).eq(2 * (k // 4) + min(2, k % 4)).all()
+
+
+def test_rows_of_different_width_match_separate_sweeps():
+    weight, hessian = problem()
+    factor = inverse_factor(damp(hessian, 0.01))[None]
+    starts = torch.tensor([160] * 32 + [96] * 32 + [0] * 32)
+    together = sweep(weight[None], factor, starts).weight[0]
+    for start, rows in ((160, slice(0, 32)), (96, slice(32, 64)), (0, slice(64, 96))):
+        alone = sweep(weight[None, rows], factor, start).weight[0]
+        # GEMM shapes differ, so sums may be rounded differently; masks could flip only on ties.
+        torch.testing.assert_close(together[rows], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_matches_single():
+    a, b = problem(seed=1), problem(seed=2)
+    factors = torch.stack([inverse_factor(damp(h, 0.01)) for _, h in (a, b)])
+    both = sweep(torch.stack([a[0], b[0]]), factors, 128)
+    for i, (weight, _) in enumerate((a, b)):
+        alone = sweep(weight[None], factors[i : i + 1], 128)
+        torch.testing.assert_close(both.weight[i], alone.weight[0], rtol=1e-4, atol=1e-4)
+
+
+def test_compensation_beats_masking():
+    weight, hessian = problem()
+    damped = damp(hessian, 0.01)
+    swept = sweep(weight[None], inverse_factor(damped)[None], 160)
+    masked = weight * swept.mask[0]
+    assert loss(swept.weight[0], weight, damped).sum() < 0.9 * loss(masked, weight, damped).sum()
+
+
+def test_exact_pair_beats_the_diagonal():
+    total = {True: 0.0, False: 0.0}
+    for seed in range(5):
+        weight, hessian = problem(seed=seed)
+        factor = inverse_factor(damp(hessian, 0.01))[None]
+        for coupled in total:
+            total[coupled] += float(
+                sweep(weight[None], factor, 160, coupled=coupled).row_loss.sum()
+            )
+    assert total[True] < total[False]
+
+
+def test_dense_last_beats_dense_first():
+    """The same dense columns: placed last they take up the error of the sparse ones."""
+    for seed in range(3):
+        weight, hessian = problem(seed=seed)
+        order = (weight.square().sum(0) * hessian.diagonal()).argsort()
+        first = torch.cat([order[120:], order[:120]])
+        losses = []
+        for columns, start, stop in ((order, 0, 120), (first, 40, 160)):
+            damped = damp(hessian, 0.01)[columns][:, columns]
+            factor = inverse_factor(damped)[None]
+            swept = sweep(weight[None][..., columns], factor, stop, sparse_start=start)
+            losses.append(float(swept.row_loss.sum()))
+        assert losses[0] < losses[1]
+
+
+def test_refit_never_raises_its_objective():
+    weight, hessian = problem()
+    swept = sweep(weight[None], inverse_factor(damp(hessian, 0.01))[None], 128)
+    ridge = 1e-4 * float(hessian.diagonal().mean())
+    own = hessian + ridge * torch.eye(160)
+    last = loss(swept.weight[0], weight, own)
+    for steps in (1, 2, 5, 10, 30):
+        refitted = refit(swept.weight, weight[None], swept.mask, hessian[None], steps)[0]
+        now = loss(refitted, weight, own)
+        assert (now <= last * (1 + 1e-5)).all()
+        assert not refitted[~swept.mask[0]].any()
+        last = now
+    assert now.sum() < 0.9 * loss(swept.weight[0], weight, own).sum()
+
+
+@pytest.mark.parametrize("start", [0, 96, 160])
+def test_refit_with_dense_columns_eliminated(start):
+    """The same minimum as without elimination, reached sooner; rows may differ in width."""
+    weight, hessian = problem()
+    starts = torch.tensor([start] * 48 + [128] * 48)
+    swept = sweep(weight[None], inverse_factor(damp(hessian, 0.01))[None], starts)
+    given = swept.weight, weight[None], swept.mask, hessian[None]
+    own = hessian + 1e-4 * float(hessian.diagonal().mean()) * torch.eye(160)
+    plain = loss(refit(*given, 300)[0], weight, own)
+    fast = refit(*given, 20, starts)[0]
+    assert not fast[~swept.mask[0]].any()
+    assert (loss(fast, weight, own) <= loss(swept.weight[0], weight, own) * (1 + 1e-5)).all()
+    assert loss(fast, weight, own).sum() <= plain.sum() * 1.01 + 1e-3
+
+
+def test_refit_reaches_the_least_squares_solution():
+    weight, hessian = problem(n=8, k=32)
+    swept = sweep(weight[None], inverse_factor(damp(hessian, 0.01))[None], 32)
+    refitted = refit(swept.weight, weight[None], swept.mask, hessian[None], 200)[0]
+    h = hessian.double() + 1e-4 * hessian.double().diagonal().mean() * torch.eye(32)
+    for row in range(8):
+        kept = swept.mask[0, row].nonzero().flatten()
+        exact = torch.linalg.solve(h[kept][:, kept], (h @ weight[row].double())[kept])
+        # Relative to the row: conjugate gradients in float32 on a problem of condition < 1e5.
+        assert (refitted[row, kept] - exact).norm() < 1e-2 * exact.norm()
+
+
+def test_round_to_fp8_is_torchs_rounding():
+    values = torch.randn(64, 80, generator=torch.Generator().manual_seed(0)) * 3
+    scale = values.abs().amax(dim=1, keepdim=True) / FP8_MAX * 0.5  # half of each row saturates
+    expected = round_fp8(values / scale).float() * scale
+    assert torch.equal(round_to_fp8(values, scale), expected)
+
+
+def test_feedback_beats_plain_rounding_and_keeps_the_mask():
+    weight, hessian = problem()
+    damped = damp(hessian, 0.01)
+    factor = inverse_factor(damped)[None]
+    swept = sweep(weight[None], factor, 120)
+    scale = swept.weight.abs().amax(dim=-1) / FP8_MAX
+    plain = round_to_fp8(swept.weight, scale[..., None])[0]
+    spread = sweep(swept.weight, factor, 120, mask=swept.mask, scale=scale).weight[0]
+    assert not spread[~swept.mask[0]].any()
+    assert torch.equal(round_to_fp8(spread, scale[0, :, None]), spread)  # FP8 values already
+    start = swept.weight[0]
+    assert loss(spread, start, damped).sum() < 0.8 * loss(plain, start, damped).sum()
+
+
+def test_dead_inputs_and_damping():
+    weight, hessian = problem(k=32)
+    hessian[5] = hessian[:, 5] = 0
+    assert dead_inputs(hessian).nonzero().tolist() == [[5]]
+    damped, factor, used = damped_factor(hessian, 0.01)
+    assert used == 0.01
+    assert torch.isfinite(factor).all()
+    assert torch.isfinite(sweep(weight[None], factor[None], 32).weight).all()
+    live = hessian.diagonal()[hessian.diagonal() > 0].mean()
+    assert float(damped[5, 5]) == pytest.approx(float(live))
+
+
+def test_singular_hessian_raises_damping():
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    # Rank 2, and damping far below what float32 can tell from zero.
+    damped, factor, used = damped_factor(x.T @ x * 1e4, 1e-9)
+    assert used > 1e-9
+    assert torch.isfinite(factor).all()
+    live = float((x.T @ x * 1e4).diagonal().mean())
+    assert float((damped - x.T @ x * 1e4).diagonal().mean()) == pytest.approx(used * live, rel=0.1)
+
+
+def test_hopeless_hessian_is_an_error():
+    with pytest.raises(PruneError, match=r"model\.layers\.3\.down"):
+        damped_factor(-torch.eye(8) + 2 * torch.ones(8, 8), 1e-9, "model.layers.3.down", 3)
