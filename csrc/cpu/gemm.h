@@ -10,8 +10,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
-#include <vector>
 
 #include "core/types.h"
 
@@ -37,7 +35,8 @@ struct GemmConfig;
 //   plan = config.plan(args, threads);  ws = workspace_bytes, 64-byte aligned, uninitialised
 //   parallel_for(0, plan.prepare_items): config.prepare(plan, ws, begin, end)   -- all of it, then
 //   parallel_for(0, plan.run_items):     config.run(plan, ws, begin, end)
-// Any cut of the two ranges over any threads gives the same bytes.
+// Any cut of the two ranges over any threads gives the same bytes. prepare_items counts pieces of
+// prepare_block rows of x.
 struct GemmPlan {
   GemmArgs args;
   int threads = 1;
