@@ -32,7 +32,7 @@ CSRC_ARROWS = {
 # Which modules of spense_kernels a module may import.
 BASE = {"errors", "layout", "_load", "_fake", "ops", "env"}
 WEIGHTS = BASE | {"format", "quant"}
-MODELS = WEIGHTS | {"linear", "checkpoint", "models", "evaluate", "progress"}
+MODELS = WEIGHTS | {"linear", "fusion", "checkpoint", "models", "evaluate", "progress"}
 PYTHON_ARROWS = {
     "errors": set(),
     "layout": set(),
@@ -44,10 +44,13 @@ PYTHON_ARROWS = {
     "quant": {"errors", "layout", "format", "ops"},
     "format": BASE | {"quant"},
     "linear": WEIGHTS,
-    "checkpoint": WEIGHTS | {"linear"},
+    "fusion": WEIGHTS | {"linear"},
+    "checkpoint": WEIGHTS | {"linear", "fusion"},
     "models": MODELS - {"evaluate"},
     "evaluate": MODELS,
     "prune": MODELS,
+    "hf": MODELS | {"prune"},
+    "_register": set(),
     "testing": MODELS,
     "demo": MODELS | {"prune"},
     "cli": MODELS | {"prune", "demo"},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SpenseLinear: an nn.Linear whose weight is hybrid 2:4 sparse and dense FP8."""
+"""Linear layers whose weight is hybrid 2:4 sparse and dense FP8."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from spense_kernels.format.groups import keep_largest_two
 from spense_kernels.format.validate import DTYPES, TENSORS
 
 
-class SpenseLinear(nn.Module):
+class PackedLinear(nn.Module):
     """y = x @ W.T + bias for inference; x is quantised to FP8 per row on the way in.
 
-    Holds the tile stream that kernels read; `state_dict` and `load_state_dict` speak the portable
-    checkpoint form (docs/format.md). A module made by the constructor has no weight until a state
-    dict is loaded; `from_hybrid` and `from_dense` make complete ones.
+    Holds the tile stream that kernels read and what a forward pass needs beside it; how that is
+    stored in a state dict is up to the subclass.
 
     Attributes:
         split: the layer's Split, None while there is no weight.
@@ -36,12 +35,90 @@ class SpenseLinear(nn.Module):
         self.has_bias = bool(bias)
         self.split: Split | None = None
         device = device or torch.get_default_device()
-        self.register_buffer("w_packed", torch.empty(0, dtype=torch.uint8, device=device))
-        self.register_buffer("w_tiles", torch.empty(0, 4, dtype=torch.int32, device=device))
-        self.register_buffer("k_gather", torch.empty(0, dtype=torch.int32, device=device))
-        self.register_buffer("w_scale", torch.empty(0, device=device, dtype=torch.float32))
-        empty_bias = torch.empty(0, device=device, dtype=torch.float32) if bias else None
-        self.register_buffer("bias", empty_bias)
+        empty = {
+            "w_packed": torch.empty(0, dtype=torch.uint8, device=device),
+            "w_tiles": torch.empty(0, 4, dtype=torch.int32, device=device),
+            "k_gather": torch.empty(0, dtype=torch.int32, device=device),
+            "w_scale": torch.empty(0, dtype=torch.float32, device=device),
+            "bias": torch.empty(0, dtype=torch.float32, device=device) if bias else None,
+        }
+        for name, buffer in empty.items():
+            # State dicts hold another form of these, so tools that go by names must not look for
+            # them there. (An absent one stays persistent: accelerate trips over it otherwise.)
+            self.register_buffer(name, buffer, persistent=buffer is None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] in bf16, fp16 or fp32 -> [..., out_features] in the same dtype.
+
+        A backward pass raises NotImplementedError: the layer is for inference.
+        """
+        if self.split is None:
+            raise SpenseError(f"{type(self).__name__}: no weight yet; load a state dict first")
+        if x.shape[-1] != self.in_features:
+            raise SpenseError(
+                f"{type(self).__name__}: x must have {self.in_features} columns (in_features), "
+                f"got {list(x.shape)}"
+            )
+        rows = x.reshape(-1, self.in_features)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        x8, x_scale = ops.quantize_fp8(rows, self.k_gather)
+        y = ops.hybrid_gemm(
+            x8,
+            self.w_packed,
+            self.w_tiles,
+            x_scale,
+            self.w_scale,
+            self.bias,
+            n=self.out_features,
+            k=self.in_features,
+            out_dtype=x.dtype,
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def hybrid_weight(self) -> HybridWeight:
+        """The weight in the checkpoint form, unpacked from the tile stream (a copy)."""
+        if self.split is None:
+            raise SpenseError(f"{type(self).__name__}: no weight yet; load a state dict first")
+        packed = PackedWeight(
+            self.w_packed, self.w_tiles, self.k_gather, self.out_features, self.in_features
+        )
+        return packed.unpack(self.split, self.w_scale, self.bias)
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, "
+        text += f"bias={self.has_bias}"
+        if self.split is None:
+            return f"{text}, no weight yet"
+        return (
+            f"{text}, d={self.split.dense_fraction:.4f}, k_shards={self.split.k_shards}, "
+            f"packed_bytes={self.split.packed_bytes}"
+        )
+
+    def _set_weight(self, weight: HybridWeight, device) -> None:
+        packed = weight.pack(device)
+        self.split = weight.split
+        self.w_packed, self.w_tiles, self.k_gather = packed.w_packed, packed.w_tiles, packed.gather
+        self.w_scale = weight.w_scale.detach().to(device, copy=True)
+        self.bias = None if weight.bias is None else weight.bias.detach().to(device, copy=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        # Payloads are bytes and scales are float32 by definition: follow the device, not the dtype.
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                same = moved.dtype == buffer.dtype
+                self._buffers[name] = moved if same else buffer.to(moved.device)
+        return self
+
+
+class SpenseLinear(PackedLinear):
+    """A PackedLinear that takes the place of one nn.Linear.
+
+    `state_dict` and `load_state_dict` speak the portable checkpoint form (docs/format.md). A module
+    made by the constructor has no weight until a state dict is loaded; `from_hybrid` and
+    `from_dense` make complete ones.
+    """
 
     @classmethod
     def from_hybrid(cls, weight: HybridWeight, device=None) -> SpenseLinear:
@@ -77,44 +154,6 @@ class SpenseLinear(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach()
         return cls.from_hybrid(HybridWeight.from_float(pruned, split, bias))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] in bf16, fp16 or fp32 -> [..., out_features] in the same dtype.
-
-        A backward pass raises NotImplementedError: the layer is for inference.
-        """
-        if self.split is None:
-            raise SpenseError("SpenseLinear: the layer has no weight yet; load a state dict first")
-        if x.shape[-1] != self.in_features:
-            raise SpenseError(
-                f"SpenseLinear: x must have {self.in_features} columns (in_features), "
-                f"got {list(x.shape)}"
-            )
-        rows = x.reshape(-1, self.in_features)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        x8, x_scale = ops.quantize_fp8(rows, self.k_gather)
-        y = ops.hybrid_gemm(
-            x8,
-            self.w_packed,
-            self.w_tiles,
-            x_scale,
-            self.w_scale,
-            self.bias,
-            n=self.out_features,
-            k=self.in_features,
-            out_dtype=x.dtype,
-        )
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def hybrid_weight(self) -> HybridWeight:
-        """The weight in the checkpoint form, unpacked from the tile stream (a copy)."""
-        if self.split is None:
-            raise SpenseError("SpenseLinear: the layer has no weight yet; load a state dict first")
-        packed = PackedWeight(
-            self.w_packed, self.w_tiles, self.k_gather, self.out_features, self.in_features
-        )
-        return packed.unpack(self.split, self.w_scale, self.bias)
-
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
         """An nn.Linear with the same weight (zeros at pruned places) and bias in `dtype`."""
         weight = self.hybrid_weight().dequantize(dtype)
@@ -125,32 +164,6 @@ class SpenseLinear(nn.Module):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
         return linear
-
-    def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, out_features={self.out_features}, "
-        text += f"bias={self.has_bias}"
-        if self.split is None:
-            return f"{text}, no weight yet"
-        return (
-            f"{text}, d={self.split.dense_fraction:.4f}, k_shards={self.split.k_shards}, "
-            f"packed_bytes={self.split.packed_bytes}"
-        )
-
-    def _set_weight(self, weight: HybridWeight, device) -> None:
-        packed = weight.pack(device)
-        self.split = weight.split
-        self.w_packed, self.w_tiles, self.k_gather = packed.w_packed, packed.w_tiles, packed.gather
-        self.w_scale = weight.w_scale.detach().to(device, copy=True)
-        self.bias = None if weight.bias is None else weight.bias.detach().to(device, copy=True)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpenseLinear:
-        # Payloads are bytes and scales are float32 by definition: follow the device, not the dtype.
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                moved = fn(buffer)
-                same = moved.dtype == buffer.dtype
-                self._buffers[name] = moved if same else buffer.to(moved.device)
-        return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self.split is None:

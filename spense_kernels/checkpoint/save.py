@@ -57,26 +57,8 @@ def save_checkpoint(
     save, or writing fails; then nothing is left behind.
     """
     path = Path(path).absolute()
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, SpenseLinear)}
-    if not layers:
-        raise CheckpointError("save_checkpoint: model: expected SpenseLinear layers, found none")
-    for name, layer in layers.items():
-        if layer.split is None:
-            raise CheckpointError(f"save_checkpoint: model: layer {name} has no weight yet")
+    config = describe_model(model, provenance)
     _check_target(path, overwrite)
-    if provenance is None:
-        inherited = getattr(model.config, "quantization_config", None)
-        provenance = inherited.get("provenance", {}) if isinstance(inherited, dict) else {}
-    provenance = check_json(provenance, "save_checkpoint: provenance")
-    provenance.setdefault("versions", _versions())
-    config = SpenseConfig(
-        modules={
-            name: ModuleEntry(m.out_features, m.in_features, m.split.k_shards, m.has_bias)
-            for name, m in layers.items()
-        },
-        modules_to_not_convert=[n for n, m in model.named_modules() if isinstance(m, nn.Linear)],
-        provenance=provenance,
-    )
     units = _units(model)
     with _beside(path) as folder:
         _write_config(model, config, folder)
@@ -86,6 +68,34 @@ def save_checkpoint(
             tokenizer.save_pretrained(folder)
         write_sums(folder)
     return path
+
+
+def describe_model(model: nn.Module, provenance: dict[str, Any] | None = None) -> SpenseConfig:
+    """What a checkpoint of this model would say about itself; arguments as of save_checkpoint.
+
+    Raises CheckpointError when the model has no SpenseLinear, or one without a weight.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, SpenseLinear)}
+    if not layers:
+        raise CheckpointError("save_checkpoint: model: expected SpenseLinear layers, found none")
+    for name, layer in layers.items():
+        if layer.split is None:
+            raise CheckpointError(f"save_checkpoint: model: layer {name} has no weight yet")
+    if provenance is None:
+        inherited = getattr(model.config, "quantization_config", None)
+        if hasattr(inherited, "to_dict"):
+            inherited = inherited.to_dict()
+        provenance = inherited.get("provenance", {}) if isinstance(inherited, dict) else {}
+    provenance = check_json(provenance, "save_checkpoint: provenance")
+    provenance.setdefault("versions", _versions())
+    return SpenseConfig(
+        modules={
+            name: ModuleEntry(m.out_features, m.in_features, m.split.k_shards, m.has_bias)
+            for name, m in layers.items()
+        },
+        modules_to_not_convert=[n for n, m in model.named_modules() if isinstance(m, nn.Linear)],
+        provenance=provenance,
+    )
 
 
 def _check_target(path: Path, overwrite: bool) -> None:

@@ -48,7 +48,9 @@ def build_skeleton(folder: Path, config: SpenseConfig, dtype: torch.dtype | None
     except Exception as fault:
         raise CheckpointError(f"{folder / 'config.json'}: no {name} from it: {fault}") from fault
     for module, entry in config.modules.items():
-        _replace(model, module, entry)
+        check_linear(model, module, entry)
+        empty = SpenseLinear(entry.k, entry.n, entry.bias, device="meta")
+        model.set_submodule(module, empty)
     return model.eval().requires_grad_(False)
 
 
@@ -97,7 +99,8 @@ def set_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
                 module._buffers[key] = new
 
 
-def _replace(model: nn.Module, name: str, entry: ModuleEntry) -> None:
+def check_linear(model: nn.Module, name: str, entry: ModuleEntry) -> None:
+    """Raises CheckpointError unless the model has a linear layer of that name and shape."""
     try:
         linear = model.get_submodule(name)
     except AttributeError as fault:
@@ -114,7 +117,6 @@ def _replace(model: nn.Module, name: str, entry: ModuleEntry) -> None:
             f"quantization_config.modules[{name!r}]: the model expects (n, k, bias) = {expected}, "
             f"got {got}"
         )
-    model.set_submodule(name, SpenseLinear(entry.k, entry.n, entry.bias, device="meta"))
 
 
 def _transformers() -> Any:

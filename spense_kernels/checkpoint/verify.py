@@ -15,8 +15,7 @@ from spense_kernels.checkpoint.config import VERSION
 from spense_kernels.checkpoint.reader import CheckpointReader
 from spense_kernels.checkpoint.skeleton import build_skeleton, expected_tensors
 from spense_kernels.checkpoint.storage import SUMS_FILE, file_digest
-from spense_kernels.errors import CheckpointError, FormatError
-from spense_kernels.format import Split
+from spense_kernels.errors import CheckpointError
 from spense_kernels.format.validate import TENSORS
 from spense_kernels.layout import TILE_TABLE_COLUMNS
 
@@ -105,12 +104,7 @@ def inspect_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 def _inspect_layer(reader: CheckpointReader, name: str) -> dict[str, Any]:
     entry = reader.config.modules[name]
     names = [f"{name}.{short}" for short in reader.layer_tensors(entry)]
-    try:
-        split = Split(
-            entry.n, entry.k, reader.read(f"{name}.k_perm"), reader.read(f"{name}.dense_width")
-        )
-    except FormatError as fault:
-        raise CheckpointError(f"{reader.folder}: {name}: {fault}") from fault
+    split = reader.split(name)
     reader.check_names(set(reader.tensors) | set(names))
     table = 4 * TILE_TABLE_COLUMNS * (split.tiles + 1)
     scales = 4 * entry.n * (2 if entry.bias else 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from spense_kernels.format.groups import (
     nan_bytes,
 )
 from spense_kernels.format.split import Run, Split
-from spense_kernels.layout import EMPTY_NIBBLE, GROUP, TILE_ROWS, row_bytes
+from spense_kernels.layout import EMPTY_NIBBLE, GROUP, TILE_ROWS, row_bytes, tile_count
 from spense_kernels.quant import fp8_to_float, quantize_weight
 
 
@@ -210,6 +211,16 @@ class HybridWeight:
         bias = None if weights[0].bias is None else torch.cat([w.bias for w in padded])
         return HybridWeight(split, **arrays, w_scale=w_scale, bias=bias)
 
+    def unstack(self, rows: Sequence[int]) -> list[HybridWeight]:
+        """The inverse of `stack`: parts of `rows[i]` rows each, without the padding rows."""
+        tiles = [0, *accumulate(tile_count(n) for n in rows)]
+        if tiles[-1] != self.split.tiles:
+            raise FormatError(
+                f"HybridWeight.unstack: rows must fill {self.split.tiles} tiles, got {list(rows)}"
+            )
+        parts = [self.rows(first, last) for first, last in pairwise(tiles)]
+        return [part._drop_rows(n) for part, n in zip(parts, rows, strict=True)]
+
     def equal(self, other: HybridWeight) -> bool:
         """Whether split and all tensors agree bit for bit."""
         mine, theirs = self._tensors(), other._tensors()
@@ -240,6 +251,20 @@ class HybridWeight:
         w_scale = torch.cat((self.w_scale, self.w_scale.new_ones(extra)))
         bias = None if self.bias is None else torch.cat((self.bias, self.bias.new_zeros(extra)))
         return HybridWeight(padded, *arrays, w_scale, bias)
+
+    def _drop_rows(self, n: int) -> HybridWeight:
+        """The first n rows, where the others stand in the last tile."""
+        split, extra = self.split, self.split.n - n
+        if not extra:
+            return self
+        sizes = row_bytes(split.shard_columns, split.widths[-1])
+        arrays = []
+        for i, array in enumerate((self.values, self.indices, self.dense)):
+            kept = array.view(split.k_shards, -1)
+            arrays.append(kept[:, : kept.shape[1] - extra * sizes[i]].reshape(-1))
+        left = Split(n, split.k, split.k_perm, split.dense_width)
+        bias = None if self.bias is None else self.bias[:n].clone()
+        return HybridWeight(left, *arrays, self.w_scale[:n].clone(), bias)
 
 
 def _as_bytes(weight: Tensor, where: str, split: Split) -> Tensor:

@@ -4,10 +4,12 @@
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.driver import prune_model
 from spense_kernels.prune.install import PrunedModule, install, shallow_clone
+from spense_kernels.prune.magnitude import MAGNITUDE, prune_magnitude
 from spense_kernels.prune.report import ModuleReport, PruneReport
 from spense_kernels.prune.statistics import Statistics, collect_statistics
 
 __all__ = [
+    "MAGNITUDE",
     "ModuleReport",
     "PruneConfig",
     "PruneReport",
@@ -15,6 +17,7 @@ __all__ = [
     "Statistics",
     "collect_statistics",
     "install",
+    "prune_magnitude",
     "prune_model",
     "shallow_clone",
 ]
