@@ -3,7 +3,7 @@
 
     python bench/cpu_linear.py                        # prints a table, writes bench/results
     python bench/cpu_linear.py --shapes 8192x8192 --tokens 1,4 --threads 2
-    python bench/cpu_linear.py --cpu-time --json bench/results/cpu_linear_1_thread.json
+    python bench/cpu_linear.py --cpu-time --json one_thread.json
 
 Each round times every competitor once, in turn, so that a slow phase of the machine hits all of
 them. Weights rotate over copies that together exceed the last-level cache several times. Ratios are
