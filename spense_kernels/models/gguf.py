@@ -44,7 +44,7 @@ def check_tokenizer(tokenizer, path) -> None:
         raise UserError(
             f"load_dense: the tokenizer that transformers {transformers.__version__} makes of "
             f"{path} cuts {len(words) - whole} of {len(words)} words of its own vocabulary; "
-            "transformers >= 5.23 is known to read it right"
+            "transformers >= 5.20.2 is known to read it right"
         )
 
 
