@@ -152,7 +152,7 @@ def test_a_tokenizer_with_merges_in_the_wrong_order_is_refused():
     text = " baking coding"
     assert sound.decode(sound(text).input_ids) == broken.decode(broken(text).input_ids) == text
     gguf_module.check_tokenizer(sound, "a.gguf")
-    with pytest.raises(UserError, match=r"cuts 50 of 50 words.*transformers >= 5\.23"):
+    with pytest.raises(UserError, match=r"cuts 50 of 50 words.*transformers >= 5\.20\.2"):
         gguf_module.check_tokenizer(broken, "a.gguf")
 
 
