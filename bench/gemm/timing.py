@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times of launch sequences: one CUDA graph a rival, replayed in turn, medians over rounds.
+
+On the CPU the same code runs the calls one after another, so that the logic can be tried there.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+MIN_ROUNDS, MAX_ROUNDS = 7, 41
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Calls recorded once and replayed as a whole; `passes` of whatever is to be timed."""
+
+    replay: Callable[[], None]
+    passes: int
+
+
+class Recorder:
+    """Records calls on one device; its graphs share a memory pool and one stream."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)
+            self.pool = torch.cuda.graph_pool_handle()
+            # A pool lives as long as some graph uses it.
+            self._anchor = self._graph([lambda: torch.zeros(1, device=device)])
+
+    def record(self, calls: Sequence[Call], passes: int) -> Recording:
+        """Runs each distinct call once, then records all of them. Their results are dropped."""
+        for call in dict.fromkeys(calls):
+            call()
+        if self.device.type == "cpu":
+            return Recording(lambda: _run(calls), passes)
+        return Recording(self._graph(calls).replay, passes)
+
+    def _graph(self, calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+        # Not torch.cuda.graph, which collects garbage and empties the cache each time.
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.pool)
+            try:
+                _run(calls)
+            finally:
+                graph.capture_end()
+        return graph
+
+    def measure(
+        self, recordings: dict[str, Recording], seconds: float, min_rounds: int = MIN_ROUNDS
+    ) -> dict[str, dict]:
+        """{"us": median microseconds a pass, "spread": quartile distance / median, "rounds"}.
+
+        Every round replays every recording once, in a new order; the first does not count. Goes on
+        for `seconds`, within `min_rounds` and MAX_ROUNDS.
+        """
+        order = list(recordings)
+        shuffle = random.Random(0).shuffle
+        times: dict[str, list[float]] = {name: [] for name in order}
+        self._round(recordings, order)
+        start, rounds = time.perf_counter(), 0
+        while rounds < min_rounds or (
+            rounds < MAX_ROUNDS and time.perf_counter() - start < seconds
+        ):
+            shuffle(order)
+            for name, us in self._round(recordings, order).items():
+                times[name].append(us / recordings[name].passes)
+            rounds += 1
+        return {name: _summary(series) for name, series in times.items()}
+
+    def _round(self, recordings: dict[str, Recording], order: list[str]) -> dict[str, float]:
+        if self.device.type == "cpu":
+            return {name: _cpu_us(recordings[name].replay) for name in order}
+        events = {}
+        with torch.cuda.stream(self.stream):
+            for name in order:
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                recordings[name].replay()
+                end.record()
+                events[name] = begin, end
+        self.stream.synchronize()
+        return {name: begin.elapsed_time(end) * 1e3 for name, (begin, end) in events.items()}
+
+
+def rotation(calls: Sequence[Call], launches: int) -> list[Call]:
+    """At least `launches` calls, in whole turns over the copies."""
+    return list(calls) * max(1, -(-launches // len(calls)))
+
+
+def _run(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def _cpu_us(replay: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    replay()
+    return (time.perf_counter() - start) * 1e6
+
+
+def _summary(series: list[float]) -> dict:
+    low, median, high = statistics.quantiles(series)
+    return {
+        "us": round(median, 3),
+        "spread": round((high - low) / median, 4),
+        "rounds": len(series),
+    }

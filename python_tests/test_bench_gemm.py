@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU sweep's logic, tried on the CPU: operands, points, merging, configurations."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spense_kernels import layout, ops
+from spense_kernels.format import Split
+
+BENCH = Path(__file__).parents[1] / "bench"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _bench_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def sweep(*arguments: object) -> str:
+    command = [sys.executable, BENCH / "gemm_sweep.py", "--device", "cpu", "--seconds", "0"]
+    done = subprocess.run(
+        [str(word) for word in [*command, *arguments]], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("d", [0.0, 0.25, 1.0])
+def test_random_streams_are_legal(d):
+    """No NaN, only metadata that hardware defines; the op refuses a table that does not fit."""
+    from gemm.operands import random_x, tile_stream, tiles_of
+
+    split = Split.from_fraction(200, 640, d)
+    stream, tiles = tile_stream(split, CPU), tiles_of(split, CPU)
+    assert stream.numel() == split.packed_bytes
+    units = [(at * layout.BLOCK_BYTES, s) for at, s, _, _ in tiles.tolist()[:-1]]
+    for start, sparse in units:
+        for unit in range(sparse):
+            begin = start + unit * layout.SPARSE_UNIT_BYTES + layout.VALUE_BYTES
+            for byte in stream[begin : begin + layout.METADATA_BYTES].tolist():
+                assert byte & 15 in layout.LEGAL_NIBBLES
+                assert byte >> 4 in layout.LEGAL_NIBBLES
+    x = random_x(5, 640, CPU)
+    y = ops.hybrid_gemm(x, stream, tiles, torch.ones(1), torch.ones(200), n=200, k=640)
+    assert y.isfinite().all()
+    assert y.abs().max() > 0
+
+
+def test_two_of_four_keeps_two():
+    from gemm.operands import two_of_four
+
+    weight = two_of_four(64, 256, CPU).view(torch.uint8)
+    kept = (weight.view(64, -1, 4) & 0x7F != 0).sum(-1)
+    assert kept.max() == 2
+    assert not weight[(weight & 0x7F) == 0x7F].any()
+
+
+def test_points_are_written_and_merged(tmp_path):
+    file = tmp_path / "a.json"
+    text = sweep(
+        "--layers", "256x512", "300x256", "--m", "1,8", "--dense", "0,0.25", "--json", file
+    )
+    first = json.loads(file.read_text())
+    shapes = {(p["layer"], p["m"], p["dense"]) for p in first["points"]}
+    assert len(shapes) == len(first["points"]) == 8
+    assert "geomean" in text
+    assert all(p["times"]["spense"]["us"] > 0 for p in first["points"])
+
+    sweep("--layers", "256x512", "--m", "8,16", "--merge", file, "--json", file)
+    both = json.loads(file.read_text())
+    assert len(both["points"]) == 9
+    assert len(both["runs"]) == 2
+    newer = [p for p in both["points"] if p["run"] == 1]
+    assert {(p["layer"], p["m"], p["dense"]) for p in newer} == {
+        ("256x512", 8, 0.25),
+        ("256x512", 16, 0.25),
+    }
+
+
+def test_a_model_has_a_line_for_its_layers_together():
+    from gemm.shapes import MODELS, is_model, parse_layers
+
+    qwen = MODELS["qwen3-32b"]
+    assert parse_layers(["qwen3-32b", "7168x2048"])[0] == qwen
+    assert is_model(parse_layers(["qwen3-32b"])[0])
+    assert not is_model(parse_layers(["qwen3-32b.o", "qwen3-32b.qkv"])[0])
+    with pytest.raises(SystemExit, match=r"--layers: expected .* got qwen3-33b"):
+        parse_layers(["qwen3-33b"])
+
+
+def test_every_configuration_is_timed(tmp_path):
+    file = tmp_path / "configs.json"
+    arguments = ("--layers", "130x256", "--m", "2", "--configs", "all", "--json", file)
+    assert "regret" in sweep(*arguments)
+    names = [entry["config"] for entry in json.loads(file.read_text())["configs"]]
+    assert names[0] == "auto"
+    assert {"portable", "reference"} <= set(names)
+
+
+def test_the_floor_is_bytes_or_arithmetic():
+    from gemm.ceiling import bytes_moved, floor_us
+    from gemm.shapes import Layer
+
+    layer = Layer("", "", 51200, 5120)
+    split = Split.from_fraction(layer.n, layer.k, 0.25)
+    assert split.packed_bytes == 51200 * (3840 * 5 // 8 + 1280)
+    assert floor_us(layer, split, 1, 3.1e12) == pytest.approx(
+        1e6 * bytes_moved(split, 1) / 3.1e12, rel=1e-9
+    )
+    flops = 2 * 8192 * layer.n
+    busy = flops * (3840 / 2880e12 + 1280 / 1650e12) * 1e6
+    assert floor_us(layer, split, 8192, 3.1e12) == pytest.approx(busy, rel=1e-9)
