@@ -25,7 +25,7 @@ from gemm.shapes import MODELS, TOKENS, Layer, is_model, parse_layers
 from gemm.timing import Recorder, rotation
 from gemm.workload import RIVALS, Workload
 
-RESULTS = Path(__file__).resolve().parent / "results" / "gemm.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 GRAPH_US = 800  # a recording lasts at least about so long
 CONFIG_GRAPH_US = 250
 SETUP_SECONDS = 0.4  # of one point, by experience: recording, cuSPARSELt's search
@@ -45,6 +45,7 @@ class Sweep:
         self.rate = ceiling.READ_BYTES_PER_SECOND.get(name, run.get("read_bytes_per_second", 1e11))
         run["floor_bytes_per_second"] = self.rate
         self.results = report.Results(run, args.merge)
+        self.file = args.json or RESULTS / f"gemm_{short_name(name, self.device)}.json"
         measured = run.get("read_bytes_per_second", 0) / 1e12
         print(
             f"{name}, commit {run['commit']}, torch {run['versions']['torch']}; copy kernel "
@@ -78,9 +79,9 @@ class Sweep:
                         print(f"--limit: left out {layers[0].group or layers[0].name} {d} {m}")
                         continue
                     done += self._point(layers, workloads, d, m)
-                    self.results.write(self.args.json)
+                    self.results.write(self.file)
         self.results.runs[self.results.run]["clocks_end"] = clocks(self.device)
-        self.results.write(self.args.json)
+        self.results.write(self.file)
         print(f"\nspeed-up over cuBLASLt FP8\n{report.summary(done)}")
 
     def _point(self, layers, workloads: list[Workload], d: float, m: int) -> list[dict]:
@@ -150,7 +151,7 @@ class Sweep:
                 for m in self.args.m:
                     if not self.out_of_time():
                         worst.append(self._configs_of(spense, d, m, names))
-                self.results.write(self.args.json)
+                self.results.write(self.file)
         worst.sort(reverse=True)
         print(f"regret: mean {sum(worst) / max(1, len(worst)):.2%}, worst {worst[:5]}")
 
@@ -172,6 +173,13 @@ class Sweep:
         return regret
 
 
+def short_name(name: str, device: torch.device) -> str:
+    """h100 of NVIDIA H100 80GB HBM3."""
+    if device.type == "cpu":
+        return "cpu"
+    return next((word for word in name.lower().split() if word[-1].isdigit()), "gpu")
+
+
 def numbers(kind: type):
     return lambda text: [kind(word) for word in text.split(",")]
 
@@ -189,13 +197,13 @@ def main() -> None:
     add("--seconds", type=float, default=0.35, help="replays of one line last about so long")
     add("--limit", type=float, default=560, help="start no new line after so many seconds")
     add("--merge", type=Path, nargs="+", default=[], help="result files to start from")
-    add("--json", type=Path, default=RESULTS, help="where to write the result")
+    add("--json", type=Path, help="where to write; by default bench/results/gemm_<device>.json")
     add("--device", default="cuda", help="cpu tries the logic")
     args = parser.parse_args()
     torch.manual_seed(0)
     sweep = Sweep(args)
     (sweep.configs if args.configs else sweep.rivals)(parse_layers(args.layers))
-    print(f"{time.perf_counter() - sweep.start:.0f} s; wrote {args.json}")
+    print(f"{time.perf_counter() - sweep.start:.0f} s; wrote {sweep.file}")
 
 
 if __name__ == "__main__":

@@ -117,3 +117,54 @@ def test_the_floor_is_bytes_or_arithmetic():
     flops = 2 * 8192 * layer.n
     busy = flops * (3840 / 2880e12 + 1280 / 1650e12) * 1e6
     assert floor_us(layer, split, 8192, 3.1e12) == pytest.approx(busy, rel=1e-9)
+
+
+def invented_results() -> dict:
+    """A result file with easy ratios: cuBLASLt takes twice our time, two libraries 1.5 times."""
+    from gemm.shapes import MODELS
+
+    points = []
+    for group, layers in MODELS.items():
+        for m in (1, 64, 4096):
+            facts = {"group": group, "m": m, "dense": 0.25, "dense_fraction": 0.25, "run": 0}
+            facts |= {"floor_us": 8.0, "flops": m * 10**9, "bytes": 10**8 + m}
+            times = {"spense": 10.0, "cublas_tensor": 20.0, "cublas_row": 21.0, "bf16": 40.0}
+            times |= {"cusparselt": 13.0, "two_library": 14.0, "two_library_add": 15.0}
+            facts["times"] = {name: {"us": us, "spread": 0.01} for name, us in times.items()}
+            points.append(facts | {"kind": "model", "layer": group})
+            for layer in layers:
+                shape = {"n": layer.n, "k": layer.k}
+                points.append(facts | shape | {"kind": "layer", "layer": layer.label})
+    run = {
+        "created": "2020-01-02T03:04:05Z",
+        "commit": "0123456789ab",
+        "device": {"name": "a GPU", "driver": "1.2"},
+        "versions": {"torch": "3.4"},
+        "floor_bytes_per_second": 3.1e12,
+    }
+    return {"runs": [run], "points": points, "configs": []}
+
+
+def test_tables_of_a_result_file():
+    from gemm import tables
+
+    short = tables.short_table(invented_results()).splitlines()
+    assert short[0] == (
+        "| M | qwen3-32b, four layers | seed-oss-36b, four layers | slowest layer | two libraries |"
+    )
+    assert short[2] == "| 1 | 10.0 us, 2.00x | 10.0 us, 2.00x | 2.00x | 1.33x / 1.33x |"
+    assert len(short) == 5
+    full = tables.full_tables(invented_results())
+    assert "a GPU, driver 1.2, torch 3.4, commit 0123456, 2020-01-02." in full
+    assert "| gate_up | 51200 x 5120 | 4096 | 10.0 | 20.0 | 40.0 | 13.0 | 14.0 | 15.0 |" in full
+    assert full.count("all four") == 6
+
+
+def test_pictures_of_a_result_file(tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "gemm_x.json"
+    file.write_text(json.dumps(invented_results()))
+    command = [sys.executable, BENCH / "plot.py", file, "--out", tmp_path]
+    subprocess.run([str(word) for word in command], check=True, timeout=300)
+    for name in ("speedup", "roofline"):
+        assert (tmp_path / f"gemm_x_{name}.png").read_bytes().startswith(b"\x89PNG")

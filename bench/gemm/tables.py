@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Markdown tables from a result file of the sweep: a short one, and one with everything."""
+
+from __future__ import annotations
+
+from gemm.report import COPY, DENSE, best, speed_up
+from gemm.shapes import MODELS
+
+DENSE_FRACTION = 0.25
+RIVALS = (
+    ("cuBLASLt", DENSE),
+    ("bf16", ("bf16",)),
+    ("2:4", ("cusparselt",)),
+    ("two libraries", ("two_library",)),
+    ("with addition", ("two_library_add",)),
+    ("copy", COPY),
+)
+
+
+def at_fraction(results: dict, dense: float = DENSE_FRACTION) -> list[dict]:
+    return [p for p in results["points"] if p["dense"] == dense and "spense" in p["times"]]
+
+
+def short_table(results: dict) -> str:
+    """Speed-up of both models' layers by M, at 25 % dense."""
+    points = at_fraction(results)
+    models = [name for name in MODELS if any(p["layer"] == name for p in points)]
+    head = ["M", *(f"{name}, four layers" for name in models), "slowest layer", "two libraries"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for m in sorted({p["m"] for p in points if p["kind"] == "model"}):
+        here = [p for p in points if p["m"] == m]
+        cells = [str(m)]
+        sums = {p["layer"]: p for p in here if p["kind"] == "model"}
+        for name in models:
+            point = sums.get(name)
+            cells.append(
+                f"{_us(point['times']['spense'])} us, {_x(speed_up(point))}" if point else ""
+            )
+        layers = [r for p in here if p["kind"] == "layer" and (r := speed_up(p))]
+        cells.append(_x(min(layers, default=None)))
+        rivals = [_between(p, ("two_library_add",), DENSE) for p in sums.values()]
+        cells.append(" / ".join(_x(r) for r in rivals))
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def source_line(results: dict) -> str:
+    """Where the figures come from, in a sentence."""
+    used = sorted({p["run"] for p in at_fraction(results)})
+    runs = [results["runs"][i] for i in used]
+    device, versions = runs[-1]["device"], runs[-1]["versions"]
+    commits = ", ".join(sorted({run["commit"][:7] for run in runs}))
+    days = sorted({run["created"][:10] for run in runs})
+    return (
+        f"{device['name']}, driver {device.get('driver', 'none')}, torch {versions['torch']}, "
+        f"commit {commits}, {' to '.join(dict.fromkeys((days[0], days[-1])))}."
+    )
+
+
+def full_table(results: dict, group: str, dense: float) -> str:
+    """Microseconds of ours and every rival, share of the floor; one line a layer and M."""
+    points = [p for p in at_fraction(results, dense) if p["group"] == group]
+    head = ["layer", "n x k", "M", "ours, us", *(f"{title}, us" for title, _ in RIVALS)]
+    head += ["x cuBLASLt", "TFLOP/s", "GB/s", "of floor"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for p in sorted(points, key=lambda p: (p["m"], p["kind"] == "model", p["layer"])):
+        us = p["times"]["spense"]["us"]
+        name = "all four" if p["kind"] == "model" else p["layer"].rpartition(".")[2]
+        cells = [name, f"{p['n']} x {p['k']}" if "n" in p else "", str(p["m"])]
+        cells += [_us(p["times"]["spense"])]
+        times = [best(p["times"], names) for _, names in RIVALS]
+        cells += ["" if t is None else f"{t:.1f}" for t in times]
+        cells += [_x(speed_up(p)), f"{p['flops'] / us / 1e6:.0f}", f"{p['bytes'] / us / 1e3:.0f}"]
+        lines.append(_row([*cells, f"{p['floor_us'] / us:.0%}"]))
+    return "\n".join(lines)
+
+
+def full_tables(results: dict) -> str:
+    """Every group of layers and dense fraction of the file, each under a heading."""
+    parts = [source_line(results)]
+    keys = dict.fromkeys((p["group"], p["dense"]) for p in results["points"])
+    for group, dense in sorted(keys):
+        parts.append(f"### {group or 'other shapes'}, {dense:.0%} dense")
+        parts.append(full_table(results, group, dense))
+    return "\n\n".join(parts)
+
+
+def _between(point: dict, names: tuple[str, ...], base: tuple[str, ...]) -> float | None:
+    ours, theirs = best(point["times"], names), best(point["times"], base)
+    return theirs / ours if ours and theirs else None
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _us(summary: dict) -> str:
+    return f"{summary['us']:.1f}"
+
+
+def _x(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
