@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 from gemm import ceiling, report
 from gemm.machine import clocks, machine
-from gemm.rivals import Spense, config_names
+from gemm.rivals import Spense
 from gemm.shapes import MODELS, TOKENS, Layer, is_model, parse_layers
 from gemm.timing import Recorder, rotation
 from gemm.workload import RIVALS, Workload
+
+from spense_kernels.testing.configs import gemm_configs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GRAPH_US = 800  # a recording lasts at least about so long
@@ -140,7 +142,7 @@ class Sweep:
         print(report.line(point), flush=True)
 
     def configs(self, groups: list[tuple[Layer, ...]]) -> None:
-        names = config_names(self.device)
+        names = gemm_configs(str(self.device))
         if self.args.configs != ["all"]:
             names = self.args.configs
         print(f"configurations: {', '.join(names)}", flush=True)

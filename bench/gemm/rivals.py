@@ -16,7 +16,6 @@ from torch import Tensor
 from gemm.operands import copies, random_fp8, random_x, tile_stream, tiles_of, two_of_four
 from gemm.shapes import Layer
 from gemm.timing import Call
-from spense_kernels import ops
 from spense_kernels.format import Split
 from spense_kernels.layout import ceil_div
 
@@ -48,19 +47,6 @@ class Spense:
             )
             for stream in self.streams
         ]
-
-
-def config_names(device: torch.device) -> list[str]:
-    """Every configuration of hybrid_gemm that runs on the device, as its error message says."""
-    split = Split.uniform(128, 256, 0)
-    args = (random_x(1, 256, device), tile_stream(split, device), tiles_of(split, device))
-    scales = torch.ones(1, device=device), torch.ones(128, device=device)
-    try:
-        ops.hybrid_gemm(*args, *scales, n=128, k=256, config="?")
-    except RuntimeError as refusal:
-        text = str(refusal)
-        return text[text.index("expected one of ") + 16 : text.index(", got ?")].split(", ")
-    raise AssertionError("hybrid_gemm took '?' for a configuration")
 
 
 class CublasLt:
