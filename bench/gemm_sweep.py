@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from gemm import ceiling, report
-from gemm.machine import clocks, machine
+from gemm.machine import clocks, machine, short_name
 from gemm.rivals import Spense
 from gemm.shapes import MODELS, TOKENS, Layer, is_model, parse_layers
 from gemm.timing import Recorder, rotation
@@ -173,13 +173,6 @@ class Sweep:
         text, regret = report.regret_line(layer.label, m, d, times)
         print(text, flush=True)
         return regret
-
-
-def short_name(name: str, device: torch.device) -> str:
-    """h100 of NVIDIA H100 80GB HBM3."""
-    if device.type == "cpu":
-        return "cpu"
-    return next((word for word in name.lower().split() if word[-1].isdigit()), "gpu")
 
 
 def numbers(kind: type):

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,13 +23,19 @@ def _bench_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
 
 
-def sweep(*arguments: object) -> str:
-    command = [sys.executable, BENCH / "gemm_sweep.py", "--device", "cpu", "--seconds", "0"]
-    done = subprocess.run(
-        [str(word) for word in [*command, *arguments]], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script of bench on the CPU, as a command line would, and returns what it prints."""
+
+    def of(script: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        importlib.import_module(script).main()
+        return capsys.readouterr().out
+
+    return of
+
+
+ON_CPU = ("--device", "cpu", "--seconds", "0")
 
 
 @pytest.mark.parametrize("d", [0.0, 0.25, 1.0])
@@ -62,7 +68,7 @@ def test_two_of_four_keeps_two():
     assert not weight[(weight & 0x7F) == 0x7F].any()
 
 
-def test_points_are_written_and_merged(tmp_path):
+def test_points_are_written_and_merged(run, tmp_path):
     file = tmp_path / "a.json"
     text = sweep(
         "--layers", "256x512", "300x256", "--m", "1,8", "--dense", "0,0.25", "--json", file
@@ -73,7 +79,8 @@ def test_points_are_written_and_merged(tmp_path):
     assert "geomean" in text
     assert all(p["times"]["spense"]["us"] > 0 for p in first["points"])
 
-    sweep("--layers", "256x512", "--m", "8,16", "--merge", file, "--json", file)
+    more = ("--layers", "256x512", "--m", "8,16", "--merge", file, "--json", file)
+    run("gemm_sweep", *ON_CPU, *more)
     both = json.loads(file.read_text())
     assert len(both["points"]) == 9
     assert len(both["runs"]) == 2
@@ -95,13 +102,25 @@ def test_a_model_has_a_line_for_its_layers_together():
         parse_layers(["qwen3-33b"])
 
 
-def test_every_configuration_is_timed(tmp_path):
+def test_every_configuration_is_timed(run, tmp_path):
     file = tmp_path / "configs.json"
     arguments = ("--layers", "130x256", "--m", "2", "--configs", "all", "--json", file)
-    assert "regret" in sweep(*arguments)
+    assert "regret" in run("gemm_sweep", *ON_CPU, *arguments)
     names = [entry["config"] for entry in json.loads(file.read_text())["configs"]]
     assert names[0] == "auto"
     assert {"portable", "reference"} <= set(names)
+
+
+def test_the_quantiser_s_figures(run, tmp_path):
+    file = tmp_path / "quantize.json"
+    arguments = ("--layers", "130x256", "--m", "1,70", "--pack", "200x512", "--json", file)
+    run("quantize", *ON_CPU, *arguments)
+    result = json.loads(file.read_text())
+    assert [row["m"] for row in result["rows"]] == [1, 70]
+    for row in result["rows"]:
+        us = {name: summary["us"] for name, summary in row["times"].items()}
+        assert row["added_us"] == pytest.approx(us["chain"] - us["gemm"], abs=1e-3)
+    assert result["pack"][0]["ms"] > 0
 
 
 def test_the_floor_is_bytes_or_arithmetic():
@@ -160,11 +179,10 @@ def test_tables_of_a_result_file():
     assert full.count("all four") == 6
 
 
-def test_pictures_of_a_result_file(tmp_path):
+def test_pictures_of_a_result_file(run, tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "gemm_x.json"
     file.write_text(json.dumps(invented_results()))
-    command = [sys.executable, BENCH / "plot.py", file, "--out", tmp_path]
-    subprocess.run([str(word) for word in command], check=True, timeout=300)
+    run("plot", file, "--out", tmp_path)
     for name in ("speedup", "roofline"):
         assert (tmp_path / f"gemm_x_{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -29,6 +29,13 @@ def commit() -> str:
     return described or "unknown"
 
 
+def short_name(name: str, device: torch.device) -> str:
+    """h100 of NVIDIA H100 80GB HBM3."""
+    if device.type == "cpu":
+        return "cpu"
+    return next((word for word in name.lower().split() if word[-1].isdigit()), "gpu")
+
+
 def clocks(device: torch.device) -> dict[str, str]:
     """Clocks, power and temperature at this moment, as nvidia-smi words them."""
     if device.type == "cpu":

@@ -21,8 +21,9 @@ struct QuantizeArgs {
   float* scale = nullptr;
 };
 
-// Launched as a programmatic dependent: it may start while the kernel before it finishes, and lets
-// the kernel behind it start early.
+// Launched as a programmatic dependent: it may start, and read gather, while the kernel before it
+// finishes, so one that writes gather must not trigger its dependents early. It lets the kernel
+// behind it start early.
 SPENSE_API void quantize_fp8(const QuantizeArgs& args, Stream stream);
 
 }  // namespace spense::cuda
