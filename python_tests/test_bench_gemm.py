@@ -70,9 +70,8 @@ def test_two_of_four_keeps_two():
 
 def test_points_are_written_and_merged(run, tmp_path):
     file = tmp_path / "a.json"
-    text = sweep(
-        "--layers", "256x512", "300x256", "--m", "1,8", "--dense", "0,0.25", "--json", file
-    )
+    problems = ("--layers", "256x512", "300x256", "--m", "1,8", "--dense", "0,0.25")
+    text = run("gemm_sweep", *ON_CPU, *problems, "--json", file)
     first = json.loads(file.read_text())
     shapes = {(p["layer"], p["m"], p["dense"]) for p in first["points"]}
     assert len(shapes) == len(first["points"]) == 8
