@@ -30,7 +30,7 @@ from spense_kernels.testing.configs import gemm_configs
 RESULTS = Path(__file__).resolve().parent / "results"
 GRAPH_US = 800  # a recording lasts at least about so long
 CONFIG_GRAPH_US = 250
-SETUP_SECONDS = 0.4  # of one point, by experience: recording, cuSPARSELt's search
+SETUP_SECONDS = 0.8  # of one point, by experience: recording, cuSPARSELt's search
 
 
 class Sweep:
@@ -40,7 +40,7 @@ class Sweep:
         self.args = args
         self.device = torch.device(args.device)
         self.recorder = Recorder(self.device)
-        run = machine(self.device)
+        run = machine(self.device, args.commit)
         if self.device.type == "cuda":
             run["read_bytes_per_second"] = ceiling.read_rate(self.recorder)
         name = run["device"]["name"]
@@ -164,7 +164,10 @@ class Sweep:
         for name in ("auto", *names):
             calls = spense.calls(m, None if name == "auto" else name)
             turn = rotation(calls, self.launches(floor, CONFIG_GRAPH_US))
-            recordings[name] = self.recorder.record(turn, len(turn))
+            try:
+                recordings[name] = self.recorder.record(turn, len(turn))
+            except RuntimeError as problem:
+                print(f"{layer.label}, M = {m}: not {name}: {problem!s:.200}")
         times = self.recorder.measure(recordings, seconds=0, min_rounds=5)
         shape = {"layer": layer.label, "n": layer.n, "k": layer.k, "m": m, "dense": d}
         for name, summary in times.items():
@@ -193,6 +196,7 @@ def main() -> None:
     add("--limit", type=float, default=560, help="start no new line after so many seconds")
     add("--merge", type=Path, nargs="+", default=[], help="result files to start from")
     add("--json", type=Path, help="where to write; by default bench/results/gemm_<device>.json")
+    add("--commit", help="what was built, where git cannot tell")
     add("--device", default="cuda", help="cpu tries the logic")
     args = parser.parse_args()
     torch.manual_seed(0)

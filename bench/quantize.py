@@ -143,11 +143,12 @@ def main() -> None:
     add("--pack", nargs="+", default=[LARGEST.name], help="layers to pack, NxK")
     add("--seconds", type=float, default=0.25, help="replays of one line last about so long")
     add("--json", type=Path, help="default bench/results/quantize_<device>.json")
+    add("--commit", help="what was built, where git cannot tell")
     add("--device", default="cuda", help="cpu tries the logic")
     args = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device(args.device)
-    recorder, run = Recorder(device), machine(device)
+    recorder, run = Recorder(device), machine(device, args.commit)
     start = time.perf_counter()
     result = {"run": run, "rows": [], "pack": []}
     print(f"{run['device']['name']}, commit {run['commit']}\n{HEADER}", flush=True)

@@ -46,10 +46,11 @@ def clocks(device: torch.device) -> dict[str, str]:
     return dict(zip(CLOCKS.split(","), values, strict=True)) if len(values) > 1 else {}
 
 
-def machine(device: torch.device) -> dict:
+def machine(device: torch.device, built: str | None = None) -> dict:
+    """All facts of a run; `built` names the commit where there is no git checkout."""
     facts = {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit(),
+        "commit": built or commit(),
         "versions": {
             "spense_kernels": __version__,
             "torch": torch.__version__,

@@ -23,6 +23,7 @@ RIVALS = (
     *RINGS,
 )
 CPU_RIVALS = ("spense", "cublas_tensor", "bf16")  # what has a CPU twin, for trying the logic
+SEARCH_COPIES = 4
 SPARSE_COLUMNS = 64  # cuSPARSELt's part is a multiple of this many columns
 
 
@@ -105,7 +106,8 @@ class Workload:
         return TwoLibrary(sparse, self._made["dense_part"], add)
 
     def _best(self, choices: list[list[Call]]) -> int:
-        """The fastest of several ways to the same product."""
-        recordings = {str(i): self.recorder.record(c, len(c)) for i, c in enumerate(choices)}
+        """The fastest of several ways to the same product, over a few copies of the weight."""
+        few = [calls[:SEARCH_COPIES] for calls in choices]
+        recordings = {str(i): self.recorder.record(c, len(c)) for i, c in enumerate(few)}
         times = self.recorder.measure(recordings, seconds=0, min_rounds=3)
         return min(range(len(choices)), key=lambda i: times[str(i)]["us"])

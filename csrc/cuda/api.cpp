@@ -41,6 +41,16 @@ CaptureInfo capture_info(Stream stream) {
   return {status == cudaStreamCaptureStatusActive, id};
 }
 
+void* permanent_memory(int64_t bytes) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  SPENSE_CUDA(cudaThreadExchangeStreamCaptureMode(&mode));
+  void* memory = nullptr;
+  const cudaError_t code = cudaMalloc(&memory, static_cast<size_t>(bytes));
+  SPENSE_CUDA(cudaThreadExchangeStreamCaptureMode(&mode));
+  check(code, "cudaMalloc");
+  return memory;
+}
+
 void fill_zero(void* memory, int64_t bytes, Stream stream) {
   SPENSE_CUDA(
       cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));

@@ -25,6 +25,9 @@ struct CaptureInfo {
 };
 SPENSE_API CaptureInfo capture_info(Stream stream);
 
+// Device memory that is never freed, also while some stream is being captured. Uninitialised.
+SPENSE_API void* permanent_memory(int64_t bytes);
+
 SPENSE_API void fill_zero(void* memory, int64_t bytes, Stream stream);
 
 }  // namespace spense::cuda

@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -42,22 +43,35 @@ Tensor to_device(const void* host, int64_t bytes, const Tensor& like) {
 }
 
 uint32_t* zero_counters(int64_t count, const Tensor& like, cuda::Stream stream) {
-  constexpr int64_t kRound = 1024;
+  constexpr int64_t kRound = 4096, kSlab = 1 << 20;
   // A graph may run on any stream, beside eager calls: what it captured stays its own.
   const cuda::CaptureInfo capture = cuda::capture_info(stream);
+  struct Piece {
+    char* memory = nullptr;
+    int64_t bytes = 0;
+  };
   using Key = std::tuple<int32_t, cuda::Stream, uint64_t>;
+  // Not torch's memory: what is allocated during a capture belongs to the pool of that graph, and
+  // torch.compile refuses pools that hold more than a graph's outputs. Nothing is freed, since a
+  // graph or a kernel under way may still use what a larger request replaced.
   static std::mutex guard;
-  // Never freed: a graph or a kernel under way may still use what a larger request replaced.
-  static auto* pool = new std::map<Key, std::vector<Tensor>>;
+  static auto* pieces = new std::map<Key, Piece>;
+  static auto* slabs = new std::map<int32_t, Piece>;  // what is left of a device's newest one
   const std::lock_guard lock(guard);
-  auto& buffers = (*pool)[{like.get_device_index(), stream, capture.active ? capture.id : 0}];
-  const int64_t bytes = (count + kRound - 1) / kRound * kRound * int64_t{sizeof(uint32_t)};
-  if (buffers.empty() || buffers.back().numel() < bytes) {
-    Tensor fresh = empty_cuda({bytes}, ScalarType::Byte, like);
-    cuda::fill_zero(fresh.mutable_data_ptr(), bytes, stream);
-    buffers.push_back(fresh);
+  const int32_t device = like.get_device_index();
+  Piece& piece = (*pieces)[{device, stream, capture.active ? capture.id : 0}];
+  const int64_t bytes = (count * int64_t{sizeof(uint32_t)} + kRound - 1) / kRound * kRound;
+  if (piece.bytes < bytes) {
+    Piece& slab = (*slabs)[device];
+    if (slab.bytes < bytes) {
+      const int64_t size = std::max(bytes, kSlab);
+      slab = {static_cast<char*>(cuda::permanent_memory(size)), size};
+    }
+    piece = {slab.memory, bytes};
+    slab = {slab.memory + bytes, slab.bytes - bytes};
+    cuda::fill_zero(piece.memory, bytes, stream);
   }
-  return static_cast<uint32_t*>(buffers.back().mutable_data_ptr());
+  return reinterpret_cast<uint32_t*>(piece.memory);
 }
 
 }  // namespace spense::ops
