@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from gemm import ceiling, report
+from gemm import ceiling, report, targets
 from gemm.machine import clocks, machine, short_name
 from gemm.rivals import Spense
 from gemm.shapes import MODELS, TOKENS, Layer, is_model, parse_layers
@@ -30,6 +30,7 @@ from spense_kernels.testing.configs import gemm_configs
 RESULTS = Path(__file__).resolve().parent / "results"
 GRAPH_US = 800  # a recording lasts at least about so long
 CONFIG_GRAPH_US = 250
+MAX_LAUNCHES = 256  # of a recording
 SETUP_SECONDS = 0.8  # of one point, by experience: recording, cuSPARSELt's search
 
 
@@ -57,7 +58,7 @@ class Sweep:
 
     def launches(self, floor_us: float, us: float) -> int:
         """Launches that take about `us`; one where only the logic is tried."""
-        return round(us / floor_us) if self.device.type == "cuda" else 1
+        return min(round(us / floor_us), MAX_LAUNCHES) if self.device.type == "cuda" else 1
 
     def out_of_time(self) -> bool:
         return time.perf_counter() - self.start > self.args.limit
@@ -84,7 +85,7 @@ class Sweep:
                     self.results.write(self.file)
         self.results.runs[self.results.run]["clocks_end"] = clocks(self.device)
         self.results.write(self.file)
-        print(f"\nspeed-up over cuBLASLt FP8\n{report.summary(done)}")
+        print(f"\nspeed-up over cuBLASLt FP8\n{report.summary(done)}\n\n{targets.verdict(done)}")
 
     def _point(self, layers, workloads: list[Workload], d: float, m: int) -> list[dict]:
         """One line for each layer, and for a whole model one of its layers back to back."""

@@ -185,3 +185,24 @@ def test_pictures_of_a_result_file(run, tmp_path):
     run("plot", file, "--out", tmp_path)
     for name in ("speedup", "roofline"):
         assert (tmp_path / f"gemm_x_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_targets_that_are_met_and_missed():
+    from gemm.targets import checks, verdict
+
+    points = invented_results()["points"]
+    assert all(check.met for check in checks(points))
+    point = next(p for p in points if p["layer"] == "qwen3-32b.down" and p["m"] == 64)
+    point["times"]["spense"]["us"] = 14.5  # 1.38x cuBLASLt, slower than the two libraries
+    assert [c.what for c in checks([point]) if not c.met] == ["x two libraries"]
+    point["times"]["spense"]["us"] = 15.5
+    missed = [c.what for c in checks([point]) if not c.met]
+    assert missed == ["x cuBLASLt", "x two libraries"]
+    point["times"]["copy_1"] = {"us": 10.0, "spread": 0.0}
+    point["m"] = 32
+    assert "of the copy kernel" in [c.what for c in checks([point]) if not c.met]
+    assert "MISSED qwen3-32b.down" in verdict(points)
+    all_dense = points[1] | {"dense": 1.0, "m": 64}
+    all_dense["times"] = {"spense": {"us": 10.0}, "cublas_row": {"us": 10.4}}
+    assert [c.met for c in checks([all_dense])] == [False]
+    assert [c.met for c in checks([all_dense | {"m": 128}])] == [True]

@@ -14,6 +14,7 @@ RIVALS = (
     ("two libraries", ("two_library",)),
     ("with addition", ("two_library_add",)),
     ("copy", COPY),
+    ("ours, fast_accum off", ("spense_promoted",)),
 )
 
 
