@@ -193,7 +193,7 @@ def test_targets_that_are_met_and_missed():
     points = invented_results()["points"]
     assert all(check.met for check in checks(points))
     point = next(p for p in points if p["layer"] == "qwen3-32b.down" and p["m"] == 64)
-    point["times"]["spense"]["us"] = 14.5  # 1.38x cuBLASLt, slower than the two libraries
+    point["times"]["spense"]["us"] = 15.2  # 1.32x cuBLASLt, slower than the two libraries
     assert [c.what for c in checks([point]) if not c.met] == ["x two libraries"]
     point["times"]["spense"]["us"] = 15.5
     missed = [c.what for c in checks([point]) if not c.met]
