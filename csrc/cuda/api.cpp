@@ -22,6 +22,7 @@ DeviceInfo device_info() {
     SPENSE_CUDA(
         cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, device));
     info.arch = major * 10 + minor;
+    info.index = device;
     return info;
   };
   if (device >= kDevices) return read();
@@ -31,7 +32,7 @@ DeviceInfo device_info() {
     multiprocessors_of[device].store(info.multiprocessors, std::memory_order_release);
   }
   return {arch_of[device].load(std::memory_order_relaxed),
-          multiprocessors_of[device].load(std::memory_order_relaxed)};
+          multiprocessors_of[device].load(std::memory_order_relaxed), device};
 }
 
 CaptureInfo capture_info(Stream stream) {

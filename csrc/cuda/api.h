@@ -12,9 +12,10 @@
 
 namespace spense::cuda {
 
-// Compute capability of the current device, 90 for 9.0, and its number of multiprocessors.
+// Compute capability of the current device, 90 for 9.0, its number of multiprocessors and its
+// index.
 struct DeviceInfo {
-  int arch = 0, multiprocessors = 0;
+  int arch = 0, multiprocessors = 0, index = 0;
 };
 SPENSE_API DeviceInfo device_info();
 

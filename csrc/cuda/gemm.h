@@ -14,7 +14,7 @@ namespace spense::cuda {
 using spense::GemmArgs;
 
 struct GemmPlan {
-  const heuristics::GemmConfig* config = nullptr;
+  heuristics::GemmChoice choice;
   heuristics::ScheduleParams schedule;
   int64_t partial_bytes = 0;  // of `partials`
   int64_t counters = 0;       // of `counters`

@@ -47,4 +47,23 @@ void allow_smem(void (*kernel)(Args...), int bytes) {
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
+// Clusters of a kernel that the current device holds at a time; asked for once a device.
+template <typename... Args>
+int max_clusters(void (*kernel)(Args...), dim3 block, int smem_bytes, int cluster) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int count = 0;
+  SPENSE_CUDA(cudaOccupancyMaxActiveClusters(&count, kernel, &config));
+  return count;
+}
+
 }  // namespace spense::cuda

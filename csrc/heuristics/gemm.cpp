@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "heuristics/cost.h"
+
 namespace spense::heuristics {
 namespace {
 
@@ -29,70 +31,113 @@ const std::vector<GemmConfig>& configs() {
   return all;
 }
 
-const GemmConfig* find_config(std::string_view name) {
-  for (const GemmConfig& config : configs()) {
-    if (config.name == name) return &config;
-  }
-  return nullptr;
+std::string GemmChoice::name() const {
+  return std::string(config->name) + (mode == Mode::kWhole ? ":whole" : ":stream");
 }
 
-std::string config_names() {
-  std::string names;
+std::vector<GemmChoice> choices() {
+  std::vector<GemmChoice> all;
   for (const GemmConfig& config : configs()) {
-    names += (names.empty() ? "" : ", ") + std::string(config.name);
+    all.push_back({&config, Mode::kWhole});
+    if (config.splits == 1) all.push_back({&config, Mode::kStream});  // one or the other cuts K
   }
+  return all;
+}
+
+std::string choice_names() {
+  std::string names;
+  for (const GemmChoice& choice : choices()) names += (names.empty() ? "" : ", ") + choice.name();
   return names;
 }
 
-const GemmConfig& choose(const GemmDesc& desc) {
-  const auto pick = [&](std::string_view fast, std::string_view promoted) -> const GemmConfig& {
-    return *find_config(desc.fast_accum ? fast : promoted);
-  };
-  if (desc.m <= 8) return pick("t128x8_c1_s4x28_o2", "t128x16_c1_s4x15_o2_p");
-  if (desc.m <= 16) return pick("t128x16_c1_s8x28_o1", "t128x16_c1_s4x15_o2_p");
-  if (desc.m <= 32) return pick("t128x32_c1_s7x18_o1", "t128x64_c1_s6x12_o1_p");
-  if (desc.m <= 64) return pick("t128x64_c1_s6x12_o1", "t128x64_c1_s6x12_o1_p");
-  if (desc.m <= 128) return pick("t128x128_c1_s5x7_o1", "t128x128_c1_s5x7_o1_p");
-  return pick("t128x256_c2_s3x5_o1", "t128x128_c1_s5x7_o1_p");
+namespace {
+
+std::optional<GemmChoice> fastest(const GemmDesc& desc, const MaxClusters& fit, auto wanted) {
+  std::optional<GemmChoice> best;
+  double least = 0;
+  for (const GemmChoice& choice : choices()) {
+    if (!wanted(choice)) continue;
+    const double us = estimate_us(desc, choice, cluster_slots(desc, fit, *choice.config));
+    if (!best || us < least) {
+      best = choice;
+      least = us;
+    }
+  }
+  return best;
 }
 
-ScheduleParams schedule(const GemmDesc& desc, const GemmConfig& config) {
-  constexpr int kBand = 16;
+}  // namespace
+
+std::optional<GemmChoice> find_choice(const GemmDesc& desc, const MaxClusters& fit,
+                                      std::string_view name) {
+  return fastest(desc, fit, [&](const GemmChoice& choice) {
+    return name == choice.config->name || name == choice.name();
+  });
+}
+
+GemmChoice choose(const GemmDesc& desc, const MaxClusters& fit) {
+  return *fastest(desc, fit, [&](const GemmChoice& choice) {
+    return choice.config->promoted != desc.fast_accum;
+  });
+}
+
+int cluster_slots(const GemmDesc& desc, const MaxClusters& fit, const GemmConfig& config) {
+  const auto index = static_cast<size_t>(&config - configs().data());
+  const int known = index < fit.size() ? fit[index] : 0;
+  // Large clusters leave multiprocessors over in every group of them that a cluster cannot span.
+  const int size = cluster_size(config);
+  const int guess = desc.multiprocessors * config.residency / size * (size > 2 ? 10 : 11) / 11;
+  return std::max(1, (known ? known : guess) / config.residency);
+}
+
+ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slots) {
+  constexpr int kBand = 16, kSkew = 200;
+  const GemmConfig& config = *choice.config;
   ScheduleParams p;
   p.row_tiles = static_cast<int32_t>(desc.row_tiles());
   p.token_tiles = static_cast<int32_t>(format::ceil_div(desc.m, config.tokens));
   p.k_blocks = static_cast<int32_t>(desc.k_blocks());
   p.stream_blocks = static_cast<int32_t>(desc.stream_blocks());
   p.band = std::min(p.token_tiles, kBand);
-  p.clusters = std::max(1, desc.multiprocessors / config.cluster);
+  const int32_t tiles =
+      static_cast<int32_t>(format::ceil_div(p.row_tiles, group_tiles(config))) * p.token_tiles;
+  if (config.splits > 1 || choice.mode == Mode::kWhole) {
+    // CTAs that split K exchange their sums once a launch: as many clusters as tiles.
+    p.whole = tiles;
+    p.clusters = config.splits > 1 ? tiles : std::min(slots, tiles);
+    return p;
+  }
 
+  p.clusters = slots;
   // The cheapest a tile can be, all of it sparse.
   const int32_t steps = steps_of(p.k_blocks),
                 least = blocks_of_steps(steps, p.k_blocks / 2, p.k_blocks);
   p.snap = std::min(kSparseBlocks * group_tiles(config), least / 4);
-  const int32_t tiles =
-      static_cast<int32_t>(format::ceil_div(p.row_tiles, group_tiles(config))) * p.token_tiles;
   if (config.tokens > 64) {  // bound by the tensor cores: whole tiles, and stream-K for the rest
     p.whole = tiles % p.clusters == 0 ? tiles : std::max(0, tiles / p.clusters - 1) * p.clusters;
   }
+  if (p.whole == 0) p.skew = kSkew;
   if (p.whole < tiles) {
     // Every piece holds at least one step, also after both its cuts moved.
     const int64_t stream = p.whole == 0 ? int64_t{p.stream_blocks} * p.token_tiles
                                         : int64_t{least} * (tiles - p.whole);
     const int64_t shortest = int64_t{kMaxStepBlocks} * group_tiles(config) + 2 * p.snap;
-    p.clusters = static_cast<int32_t>(std::clamp<int64_t>(stream / shortest, 1, p.clusters));
+    const int64_t fair = stream * (2048 - p.skew) / 2048;  // what the last cluster gets, times all
+    p.clusters = static_cast<int32_t>(std::clamp<int64_t>(fair / shortest, 1, p.clusters));
   }
   return p;
 }
 
 int64_t partial_bytes(const GemmConfig& config, const ScheduleParams& schedule) {
+  const int64_t cta_bytes = int64_t{config.row_tiles} * own_groups(config) * 8 * format::kTileRows *
+                            static_cast<int64_t>(sizeof(float));
   constexpr int64_t kSlots = 2;  // of a cluster: partial_slot()
-  return kSlots * schedule.clusters * group_tiles(config) * format::kTileRows * config.tokens *
-         static_cast<int64_t>(sizeof(float));
+  return schedule.clusters * cluster_size(config) * cta_bytes *
+         (config.splits > 1 ? config.splits : kSlots);
 }
 
 int64_t counter_count(const GemmConfig& config, const ScheduleParams& schedule) {
-  return int64_t{schedule.clusters} * config.cluster * kConsumerWarpgroups;
+  return int64_t{schedule.clusters} * cluster_size(config) * kConsumerWarpgroups;
 }
 
 }  // namespace spense::heuristics

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the problem to what is launched: GemmDesc -> GemmConfig + ScheduleParams. Choosing never
-// launches. Plain C++; bindings/heuristics.cpp shows it to Python.
+// From the problem to what is launched: GemmDesc -> GemmChoice -> ScheduleParams. Choosing never
+// launches. Plain C++.
 #pragma once
 
 #include <cstdint>
@@ -29,13 +29,14 @@ struct GemmDesc {
 // One compiled kernel of the SM90 family.
 struct GemmConfig {
   const char* name;
-  int row_tiles;  // of 128 rows in a CTA: 1, shared by both consumer warpgroups, or one for each
-  int tokens;     // token tile: 8, 16, 32, 64, 128, 256
-  int cluster;    // CTAs of different row tiles that share their activations by multicast
-  int w_stages;   // ring of weight units for each row tile, 20 KiB a unit
-  int x_stages;   // ring of activation blocks, tokens * 128 bytes each
-  int residency;  // CTAs a multiprocessor holds: 2 lets the next kernel fill its rings early
-  bool promoted;  // sums of a unit are added in float32 (fast_accum=False)
+  int row_tiles;     // of 128 rows in a CTA: 1, shared by both consumer warpgroups, or one for each
+  int tokens;        // token tile, a multiple of 8 up to 256
+  int cluster_rows;  // CTAs of different row tiles that share their activations by multicast
+  int splits;        // CTAs that share the K of a tile and exchange their sums
+  int w_stages;      // ring of weight units for each row tile, 20 KiB a unit
+  int x_stages;      // ring of activation blocks, tokens * 128 bytes each
+  int residency;     // CTAs a multiprocessor holds: 2 lets the next kernel fill its rings early
+  bool promoted;     // sums of a unit are added in float32 (fast_accum=False)
 };
 
 // --- budgets ---
@@ -46,6 +47,7 @@ inline constexpr int kSmemPerCta = 227 * 1024;
 inline constexpr int kBarrierBytes = 8;
 inline constexpr int kJobStages = 4;  // segments that the weight warp may be ahead
 inline constexpr int kJobBytes = 32;
+inline constexpr int kMaxSplits = 4;
 inline constexpr int kWStageBytes = format::kSparseUnitBytes;
 
 // Two warps load, one w and one x. Alone on a multiprocessor they are part of a whole warpgroup,
@@ -53,12 +55,26 @@ inline constexpr int kWStageBytes = format::kSparseUnitBytes;
 constexpr int threads(const GemmConfig& c) {
   return kConsumerWarpgroups * 128 + (c.residency == 1 ? 128 : 2 * 32);
 }
+constexpr int cluster_size(const GemmConfig& c) { return c.cluster_rows * c.splits; }
+// Token groups of 8 of a tile that each of the CTAs finishes that split its K.
+constexpr int own_groups(const GemmConfig& c) { return (c.tokens / 8 + c.splits - 1) / c.splits; }
+// Finished 16-bit tiles leave through shared memory, two pieces a consumer warpgroup on their way.
+inline constexpr int kStagedTokens = 32;
+constexpr bool staged(const GemmConfig& c) { return c.tokens >= 48; }
+constexpr int staging_bytes(const GemmConfig& c) {
+  return staged(c) ? kConsumerWarpgroups * 2 * kStagedTokens * format::kRowBytes : 0;
+}
+// Tokens of one tensor store.
+constexpr int store_tokens(const GemmConfig& c) {
+  const int tokens = 8 * own_groups(c);
+  return tokens % 32 == 0 ? 32 : tokens % 16 == 0 ? 16 : 8;
+}
 constexpr int x_stage_bytes(const GemmConfig& c) { return c.tokens * format::kRowBytes; }
 constexpr int smem_bytes(const GemmConfig& c) {
   const int w_slots = c.row_tiles * c.w_stages;
   return w_slots * kWStageBytes + c.x_stages * x_stage_bytes(c) +
          2 * (w_slots + c.x_stages + kJobStages) * kBarrierBytes + kJobStages * kJobBytes +
-         kConsumerWarpgroups * 4;
+         kConsumerWarpgroups * (4 + kMaxSplits * kBarrierBytes) + staging_bytes(c);
 }
 constexpr int smem_limit(const GemmConfig& c) {
   const int share = kSmemPerMultiprocessor / c.residency - kSmemReservedPerCta;
@@ -70,39 +86,64 @@ constexpr int x_full_arrivals() { return 1; }
 constexpr int w_empty_arrivals(const GemmConfig& c) {  // one a warp that reads the tile
   return kConsumerWarpgroups / c.row_tiles * 4;
 }
-constexpr int x_empty_arrivals(const GemmConfig& c) { return kConsumerWarpgroups * 4 * c.cluster; }
+constexpr int x_empty_arrivals(const GemmConfig& c) {
+  return kConsumerWarpgroups * 4 * c.cluster_rows;
+}
 constexpr int job_full_arrivals() { return 1; }
 constexpr int job_empty_arrivals() { return kConsumerWarpgroups * 4 + 1; }  // and the x warp
 
 constexpr bool legal(const GemmConfig& c) {
-  const bool tile = c.tokens == 8 || c.tokens == 16 || c.tokens == 32 || c.tokens == 64 ||
-                    c.tokens == 128 || c.tokens == 256;
+  const bool tile = c.tokens % 8 == 0 && c.tokens >= 8 && c.tokens <= 256;
   // A box of x is at least 8 rows high, the period of the 128-byte swizzle.
   const bool box =
-      (c.cluster == 1 || c.cluster == 2 || c.cluster == 4) && c.tokens / c.cluster >= 8;
+      cluster_size(c) >= 1 && cluster_size(c) <= 8 && c.tokens % (8 * c.cluster_rows) == 0;
   // A sparse unit needs two blocks of x, and something should be under way meanwhile.
+  const bool splits = c.splits >= 1 && c.splits <= kMaxSplits;
   const bool rings = c.w_stages >= 2 && c.x_stages >= 4;
   const bool rows = c.row_tiles == 1 || c.row_tiles == 2;
   // Sums of a thread: they and their promoted twin must fit the registers.
   const int sums = c.row_tiles * c.tokens / 2 * (c.promoted ? 2 : 1);
   const bool residency = c.residency == 1 || c.residency == 2;
-  return tile && box && rings && rows && residency && smem_bytes(c) <= smem_limit(c) &&
+  return tile && box && splits && rings && rows && residency && smem_bytes(c) <= smem_limit(c) &&
          sums <= (c.residency == 1 ? 128 : 32) * (c.promoted ? 2 : 1);
 }
 
 // Row tiles that a cluster works on side by side.
-constexpr int group_tiles(const GemmConfig& c) { return c.row_tiles * c.cluster; }
+constexpr int group_tiles(const GemmConfig& c) { return c.row_tiles * c.cluster_rows; }
 
-// Every compiled config, in the order of instances.def.
+// How tiles are dealt out.
+enum class Mode {
+  kWhole,   // every tile to one cluster
+  kStream,  // cut along K into equal pieces, as far as that pays (schedule.h)
+};
+
+// What is launched. `name` is of the config and, behind a colon, of the mode.
+struct GemmChoice {
+  const GemmConfig* config = nullptr;
+  Mode mode = Mode::kWhole;
+
+  std::string name() const;
+};
+
+// Every compiled config, in the order of instances.def, and every choice there is.
 const std::vector<GemmConfig>& configs();
-const GemmConfig* find_config(std::string_view name);
-std::string config_names();
+std::vector<GemmChoice> choices();
+std::string choice_names();
 
-// The best config for a problem, and the same with the schedule it runs.
-const GemmConfig& choose(const GemmDesc& desc);
-ScheduleParams schedule(const GemmDesc& desc, const GemmConfig& config);
+// Clusters of each config that the device holds at a time, in the order of configs(); 0: unknown.
+using MaxClusters = std::vector<int>;
 
-// Partial sums that a launch may need room for, and its counters.
+// The choice with this name; a config's name alone takes its faster mode. Nothing: no such name.
+std::optional<GemmChoice> find_choice(const GemmDesc& desc, const MaxClusters& fit,
+                                      std::string_view name);
+// The fastest by estimate (cost.h).
+GemmChoice choose(const GemmDesc& desc, const MaxClusters& fit);
+
+// Clusters that may be under way at a time.
+int cluster_slots(const GemmDesc& desc, const MaxClusters& fit, const GemmConfig& config);
+ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slots);
+
+// Room that a launch needs for sums that are exchanged or put together, and its counters.
 int64_t partial_bytes(const GemmConfig& config, const ScheduleParams& schedule);
 int64_t counter_count(const GemmConfig& config, const ScheduleParams& schedule);
 

@@ -38,6 +38,7 @@ struct ScheduleParams {
   int32_t clusters = 1;
   int32_t whole = 0;
   int32_t snap = 0;
+  int32_t skew = 0;  // 1/1024: how much less of the stream the last cluster gets than the first
 };
 
 SPENSE_HD constexpr int32_t steps_of(int32_t k_blocks) { return (k_blocks + 1) / 2; }
@@ -47,6 +48,12 @@ SPENSE_HD constexpr int32_t blocks_of_steps(int32_t step, int32_t sparse_units, 
   if (step <= sparse_units) return kSparseBlocks * step;
   const int32_t columns_end = 2 * step < k_blocks ? 2 * step : k_blocks;
   return kSparseBlocks * sparse_units + kDenseBlocks * (columns_end - 2 * sparse_units);
+}
+
+// How much of the stream the first c clusters get, relative to c = clusters. CTAs start one after
+// another, as those of the kernel ahead leave; the last have the least time.
+SPENSE_HD constexpr int64_t cumulative_share(int32_t c, int32_t clusters, int32_t skew) {
+  return static_cast<int64_t>(c) * (2048 * int64_t{clusters} + skew * int64_t{clusters - c});
 }
 
 // A range of steps of one output tile.
@@ -68,8 +75,15 @@ SPENSE_HD constexpr int32_t partial_slot(int32_t cluster, bool holds_step_zero) 
 template <typename Table, int kGroup>
 class Schedule {
  public:
-  SPENSE_HD Schedule(const ScheduleParams& params, const Table& table, int32_t cluster)
-      : p_(params), table_(table), cluster_(cluster), steps_(steps_of(params.k_blocks)) {
+  // Of every segment this object gives part `split` of `splits`.
+  SPENSE_HD Schedule(const ScheduleParams& params, const Table& table, int32_t cluster,
+                     int32_t split = 0, int32_t splits = 1)
+      : p_(params),
+        table_(table),
+        cluster_(cluster),
+        split_(split),
+        splits_(splits),
+        steps_(steps_of(params.k_blocks)) {
     groups_ = (p_.row_tiles + kGroup - 1) / kGroup;
     whole_next_ = cluster;
     stream_total_ = static_cast<int64_t>(p_.token_tiles) * p_.stream_blocks;
@@ -84,6 +98,7 @@ class Schedule {
       if (begin < end) {
         out = Segment{group_, token_, begin, end, cluster_, cluster_};
         if (begin > 0 || end < steps_) find_contributors(out);
+        narrow(out);
       }
       if (end < steps_) {
         in_stream_ = false;
@@ -96,6 +111,7 @@ class Schedule {
     place(whole_next_);
     whole_next_ += p_.clusters;
     out = Segment{group_, token_, 0, steps_, cluster_, cluster_};
+    narrow(out);
     return true;
   }
 
@@ -128,7 +144,11 @@ class Schedule {
            static_cast<int64_t>(token_ - band_start_) * group_blocks(group_);
   }
   SPENSE_HD int64_t raw_cut(int32_t cluster) const {
-    return stream_begin_ + (stream_total_ - stream_begin_) * cluster / p_.clusters;
+    const auto share = [&](int32_t c) {
+      return static_cast<double>(cumulative_share(c, p_.clusters, p_.skew));
+    };
+    const double length = static_cast<double>(stream_total_ - stream_begin_);
+    return stream_begin_ + static_cast<int64_t>(length * (share(cluster) / share(p_.clusters)));
   }
   SPENSE_HD void start_stream() {
     stream_begin_ = blocks_before_tile(p_.whole);
@@ -178,6 +198,10 @@ class Schedule {
   SPENSE_HD int32_t cut(int64_t offset) const {
     if (offset <= p_.snap) return 0;
     if (offset >= blocks_ - p_.snap) return steps_;
+    return first_step(offset);
+  }
+  // The first step that begins at least `offset` blocks behind the start of the tile.
+  SPENSE_HD int32_t first_step(int64_t offset) const {
     int32_t low = 0, high = steps_;  // blocks_until(low) < offset <= blocks_until(high)
     while (high - low > 1) {
       const int32_t middle = (low + high) / 2;
@@ -189,12 +213,24 @@ class Schedule {
     }
     return high;
   }
+  // Keeps one part of a segment, all of about equal blocks; it may be empty.
+  SPENSE_HD void narrow(Segment& out) const {
+    if (splits_ == 1) return;
+    const int32_t begin = out.step_begin, before = blocks_until(begin);
+    const int64_t blocks = blocks_until(out.step_end) - before;
+    if (split_ > 0) out.step_begin = first_step(before + blocks * split_ / splits_);
+    if (split_ + 1 < splits_) {
+      out.step_end = first_step(before + blocks * (split_ + 1) / splits_);
+    }
+  }
   // The last cluster whose raw cut is at most `position`.
   SPENSE_HD int32_t owner(int64_t position) const {
-    const int64_t length = stream_total_ - stream_begin_;
-    const int64_t reach = (position - stream_begin_ + 1) * p_.clusters;
-    const int64_t cluster = (reach + length - 1) / length - 1;
-    return static_cast<int32_t>(cluster < p_.clusters - 1 ? cluster : p_.clusters - 1);
+    int32_t cluster = static_cast<int32_t>(static_cast<float>(position - stream_begin_) /
+                                           static_cast<float>(stream_total_ - stream_begin_) *
+                                           static_cast<float>(p_.clusters));
+    while (cluster + 1 < p_.clusters && raw_cut(cluster + 1) <= position) ++cluster;
+    while (cluster > 0 && raw_cut(cluster) > position) --cluster;
+    return cluster < p_.clusters - 1 ? cluster : p_.clusters - 1;
   }
   SPENSE_HD void find_contributors(Segment& out) const {
     // Cuts up to `snap` blocks into the tile fall on step 0; these on a step before the end:
@@ -205,7 +241,7 @@ class Schedule {
 
   ScheduleParams p_;
   Table table_;
-  int32_t cluster_, steps_, groups_;
+  int32_t cluster_, split_, splits_, steps_, groups_;
   int32_t whole_next_;
   bool in_stream_ = false;
   int64_t stream_total_, stream_begin_ = 0, stream_end_ = 0;

@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What happens to the sums of a segment: tiles that were cut along K are put together, then
+// What happens to the finished sums of a tile:
 //
 //   y[m, n] = (sum * x_scale[m]) * w_scale[n] + bias[n]
 //
 // each step in float32, one rounding to the output type at the end.
-//
-// Fragment: thread t of a warpgroup holds rows 16 * (t / 32) + t % 32 / 4 (+ 8) of its 64 and
-// tokens 8 * j + t % 4 * 2 (+ 1): sums[4 j + 2 * (row + 8 ?) + (token + 1 ?)].
+// Fragments are laid out as reduce.cuh says.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,93 +14,6 @@
 #include "sm90/traits.cuh"
 
 namespace spense::sm90 {
-
-// Puts the segments of a tile together that several clusters hold. Nobody waits for anybody: each
-// writes its sums, and the last to arrive adds all of them in the order of K, so that the result
-// does not depend on who that is. Works by warpgroup.
-template <class T>
-class Combiner {
- public:
-  using Sums = float (&)[T::kParts][T::kSums];
-
-  __device__ Combiner(const Params& p, uint32_t smem, int cluster, int rank, int warpgroup)
-      : p_(p),
-        ticket_(smem + T::kTickets + 4 * warpgroup),
-        cluster_(cluster),
-        rank_(rank),
-        warpgroup_(warpgroup) {}
-
-  // Whether the warpgroup holds the finished sums now.
-  __device__ bool combine(const Job& job, Sums sums) const {
-    const int others = job.last - job.first;
-    uint32_t* counter = p_.counters + (job.first * T::kCluster + rank_) * 2 + warpgroup_;
-    // Where the sums are just two, or these come first, they may stay in registers.
-    const bool may_keep = others == 1 || cluster_ == job.first;
-    if (may_keep && share([&] { return ptx::load_relaxed(counter); }) == others) {
-      if (thread() == 0) ptx::store_relaxed(counter, 0);
-      ptx::fence_gpu();
-      for (int c = job.first; c <= job.last; ++c) {
-        if (c != cluster_) add(place(c, c == job.first), sums);
-      }
-      return true;
-    }
-    store(place(cluster_, job.x_begin == 0), sums);
-    ptx::named_barrier_sync(1 + warpgroup_, 128);
-    // Ordered after every store of the warpgroup by the barrier. Back to 0 after the last.
-    if (share([&] { return ptx::atomic_ticket(counter, others); }) != others) return false;
-    ptx::fence_gpu();
-#pragma unroll
-    for (int part = 0; part < T::kParts; ++part) {
-#pragma unroll
-      for (int i = 0; i < T::kSums; ++i) sums[part][i] = 0;
-    }
-    for (int c = job.first; c <= job.last; ++c) add(place(c, c == job.first), sums);
-    return true;
-  }
-
- private:
-  static constexpr int kVectors = T::kParts * T::kSums / 4;  // of 4 sums, of a thread
-
-  __device__ static int thread() { return threadIdx.x % 128; }
-
-  // What thread 0 finds, told to the warpgroup.
-  template <class Find>
-  __device__ int share(Find find) const {
-    if (thread() == 0) ptx::store_shared(ticket_, find());
-    ptx::named_barrier_sync(1 + warpgroup_, 128);
-    const uint32_t found = ptx::load_shared(ticket_);
-    ptx::named_barrier_sync(1 + warpgroup_, 128);
-    return static_cast<int>(found);
-  }
-  __device__ float4* place(int cluster, bool holds_step_zero) const {
-    const int slot = heuristics::partial_slot(cluster, holds_step_zero) * T::kCluster + rank_;
-    return reinterpret_cast<float4*>(p_.partials) +
-           static_cast<int64_t>(slot) * (kVectors * T::kConsumerThreads) + warpgroup_ * 128 +
-           thread();
-  }
-  __device__ static void store(float4* to, Sums sums) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const float* v = &sums[i / (T::kSums / 4)][i % (T::kSums / 4) * 4];
-      __stcg(to + i * T::kConsumerThreads, make_float4(v[0], v[1], v[2], v[3]));
-    }
-  }
-  __device__ static void add(const float4* from, Sums sums) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const float4 v = __ldcg(from + i * T::kConsumerThreads);
-      float* to = &sums[i / (T::kSums / 4)][i % (T::kSums / 4) * 4];
-      to[0] += v.x;
-      to[1] += v.y;
-      to[2] += v.z;
-      to[3] += v.w;
-    }
-  }
-
-  const Params& p_;
-  uint32_t ticket_;
-  int cluster_, rank_, warpgroup_;
-};
 
 template <typename Out>
 __device__ Out convert(float v);
@@ -152,10 +63,16 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
 template <class T>
 class Writer {
  public:
-  // token0: first token of the tile; row0: first of the 16 rows of this warp.
-  __device__ void start(const Params& p, int token0, int row0) {
+  // Tokens [token0, token_end); row0: first of the 16 rows of this warp.
+  __device__ void start(const Params& p, uint32_t smem, int warpgroup, int token0, int token_end,
+                        int row0) {
+    if constexpr (T::kStaged) {
+      staging_ = smem + T::kStaging + warpgroup * 2 * kBufferBytes;
+      barrier_ = 1 + warpgroup;
+    }
     p_ = &p;
     token0_ = token0;
+    token_end_ = token_end;
     row0_ = row0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -170,8 +87,18 @@ class Writer {
     }
   }
 
-  __device__ void store(float (&sums)[T::kSums]) const {
+  __device__ void store(float (&sums)[T::kOwnSums]) const {
     scale(sums);
+    if constexpr (T::kStaged) {
+      if (p_->staged) {
+        if (p_->out == OutType::kBFloat16) {
+          store_staged<__nv_bfloat16>(sums);
+        } else {
+          store_staged<__half>(sums);
+        }
+        return;
+      }
+    }
     switch (p_->out) {
       case OutType::kBFloat16:
         store_16bit<__nv_bfloat16>(sums);
@@ -186,13 +113,14 @@ class Writer {
   }
 
  private:
-  static constexpr int kScaleRegisters = (T::kTokens + 31) / 32;  // lane l holds tokens l + 32 i
+  static constexpr int kBufferBytes = heuristics::kStagedTokens * kRowBytes;
+  static constexpr int kScaleRegisters = (T::kOwnTokens + 31) / 32;  // lane l holds tokens l + 32 i
 
   __device__ static int lane() { return threadIdx.x % 32; }
 
-  __device__ __forceinline__ void scale(float (&sums)[T::kSums]) const {
+  __device__ __forceinline__ void scale(float (&sums)[T::kOwnSums]) const {
 #pragma unroll
-    for (int j = 0; j < T::kTokens / 8; ++j) {
+    for (int j = 0; j < T::kOwnTokens / 8; ++j) {
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         const int from = j % 4 * 8 + lane() % 4 * 2 + t;
@@ -210,12 +138,12 @@ class Writer {
   // Two groups of 8 tokens x 16 rows at a time; each lane ends up with 8 rows of one token, so
   // that a warp's store fills whole 32-byte sectors.
   template <typename Out>
-  __device__ __forceinline__ void store_16bit(const float (&sums)[T::kSums]) const {
+  __device__ __forceinline__ void store_16bit(const float (&sums)[T::kOwnSums]) const {
     if (!p_->wide_rows) {
       store_each<Out>(sums);
       return;
     }
-    constexpr int kGroups = T::kTokens / 8;
+    constexpr int kGroups = T::kOwnTokens / 8;
     const int quad_lane = lane() % 4;
 #pragma unroll
     for (int j = 0; j < kGroups; j += 2) {
@@ -231,27 +159,75 @@ class Writer {
       transpose_quad(v);
       const int group = j + quad_lane / 2;
       const int token = token0_ + 8 * group + lane() / 4, row = row0_ + quad_lane % 2 * 8;
-      if (group < kGroups && token < p_->m && row < p_->n) {
+      if (group < kGroups && token < token_end_ && row < p_->n) {
         Out* y = static_cast<Out*>(p_->y) + static_cast<int64_t>(token) * p_->n + row;
         *reinterpret_cast<uint4*>(y) = make_uint4(v[0], v[1], v[2], v[3]);
       }
     }
   }
 
+  // 64 rows x 32 tokens at a time go to shared memory, token by token, and from there to y.
   template <typename Out>
-  __device__ __forceinline__ void store_each(const float (&sums)[T::kSums]) const {
+  __device__ __forceinline__ void store_staged(const float (&sums)[T::kOwnSums]) const {
+    constexpr int kTokens = heuristics::kStagedTokens;
+    constexpr bool kOddPieces = (T::kOwnTokens + kTokens - 1) / kTokens % 2 != 0;
+    const int thread = threadIdx.x % 128, warp = thread / 32;
+    const int matrix = lane() / 8, column = lane() % 8;
 #pragma unroll
-    for (int i = 0; i < T::kSums; ++i) {
+    for (int begin = 0; begin < T::kOwnTokens; begin += kTokens) {
+      const uint32_t buffer = staging_ + begin / kTokens % 2 * kBufferBytes;
+      if (thread == 0) {
+        if (begin == 0 && kOddPieces) {
+          ptx::store_wait_read<0>();  // the piece before used the same buffer
+        } else {
+          ptx::store_wait_read<1>();
+        }
+      }
+      ptx::named_barrier_sync(barrier_, 128);
+#pragma unroll
+      for (int j = 0; j < kTokens / 8 && begin + 8 * j < T::kOwnTokens; j += 2) {
+        const int at = (begin / 8 + j) * 4;
+        const int token = 8 * (j + matrix / 2) + column, chunk = warp * 2 + matrix % 2;
+        const uint32_t to = buffer + token * kRowBytes + ((chunk ^ column) * 16);
+        const uint32_t a = convert_pair<Out>(sums[at], sums[at + 1]);
+        const uint32_t b = convert_pair<Out>(sums[at + 2], sums[at + 3]);
+        if (begin + 8 * (j + 1) < T::kOwnTokens) {
+          ptx::store_matrices(to, a, b, convert_pair<Out>(sums[at + 4], sums[at + 5]),
+                              convert_pair<Out>(sums[at + 6], sums[at + 7]));
+        } else {
+          ptx::store_matrices(to, a, b);
+        }
+      }
+      ptx::async_proxy_fence();
+      ptx::named_barrier_sync(barrier_, 128);
+      if (thread == 0) {
+#pragma unroll
+        for (int t = 0; t < kTokens && begin + t < T::kOwnTokens; t += T::kStoreTokens) {
+          if (token0_ + begin + t < token_end_) {
+            ptx::tensor_store_2d(&p_->y_map, row0_ * 2, token0_ + begin + t,
+                                 buffer + t * kRowBytes);
+          }
+        }
+        ptx::store_commit();
+      }
+    }
+  }
+
+  template <typename Out>
+  __device__ __forceinline__ void store_each(const float (&sums)[T::kOwnSums]) const {
+#pragma unroll
+    for (int i = 0; i < T::kOwnSums; ++i) {
       const int token = token0_ + i / 4 * 8 + lane() % 4 * 2 + i % 2;
       const int row = row0_ + lane() / 4 + i / 2 % 2 * 8;
-      if (token < p_->m && row < p_->n) {
+      if (token < token_end_ && row < p_->n) {
         static_cast<Out*>(p_->y)[static_cast<int64_t>(token) * p_->n + row] = convert<Out>(sums[i]);
       }
     }
   }
 
   const Params* p_;
-  int token0_, row0_;
+  uint32_t staging_ = 0, barrier_ = 0;
+  int token0_, token_end_, row0_;
   float w_scale_[2], bias_[2], x_scale_[kScaleRegisters];
 };
 

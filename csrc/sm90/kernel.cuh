@@ -19,6 +19,7 @@
 #include "sm90/epilogue.cuh"
 #include "sm90/loaders.cuh"
 #include "sm90/mainloop.cuh"
+#include "sm90/reduce.cuh"
 
 namespace spense::sm90 {
 
@@ -36,12 +37,17 @@ __device__ void init_barriers(uint32_t smem) {
     ptx::barrier_init(smem + T::kJobFull + 8 * i, heuristics::job_full_arrivals());
     ptx::barrier_init(smem + T::kJobEmpty + 8 * i, heuristics::job_empty_arrivals());
   }
+  if constexpr (T::kSplits > 1) {
+    for (int i = 0; i < heuristics::kConsumerWarpgroups * heuristics::kMaxSplits; ++i) {
+      ptx::barrier_init(smem + T::kExchanged + 8 * i, 1);
+    }
+  }
   ptx::barrier_init_fence();
 }
 
 template <class T>
 __device__ __forceinline__ void sync_cluster() {
-  if constexpr (T::kCluster > 1) {
+  if constexpr (T::kClusterSize > 1) {
     ptx::cluster_arrive();
     ptx::cluster_wait();
   } else {
@@ -51,23 +57,24 @@ __device__ __forceinline__ void sync_cluster() {
 
 template <class T>
 __device__ __forceinline__ void load_weights(const Params& p, uint32_t smem, JobRing<T>& jobs,
-                                             int cluster, int rank) {
+                                             int cluster, int row, int split) {
   constexpr int kGroup = heuristics::group_tiles(T::kConfig);
   const device::DeviceTable table{p.tiles, p.schedule.row_tiles, p.schedule.stream_blocks, kGroup};
-  heuristics::Schedule<device::DeviceTable, kGroup> schedule(p.schedule, table, cluster);
+  heuristics::Schedule<device::DeviceTable, kGroup> schedule(p.schedule, table, cluster, split,
+                                                             T::kSplits);
   heuristics::Segment segment;
   WeightLoader<T> loader(p, smem);
   while (schedule.next(segment)) {
-    loader.load(segment.group * kGroup + rank * T::kRowTiles, segment, jobs);
+    loader.load(segment.group * kGroup + row * T::kRowTiles, segment, jobs);
   }
   jobs.put(Job{-1});
 }
 
 template <class T>
 __device__ __forceinline__ void load_activations(const Params& p, uint32_t smem, JobRing<T>& jobs,
-                                                 int rank) {
+                                                 int row, int split) {
   ptx::grid_dependency_wait();
-  ActivationLoader<T> loader(p, smem, rank);
+  ActivationLoader<T> loader(p, smem, row, split * T::kClusterRows);
   while (true) {
     jobs.wait();
     const Job job = jobs.read();
@@ -79,31 +86,44 @@ __device__ __forceinline__ void load_activations(const Params& p, uint32_t smem,
 
 template <class T>
 __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<T>& jobs,
-                                        int cluster, int rank) {
+                                        int cluster, int row, int split) {
   ptx::grid_dependency_wait();  // before anything is read that the kernel ahead wrote
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warpgroup = warp / 4;
-  Multiplier<T> multiplier(smem, warpgroup);
-  const Combiner<T> combiner(p, smem, cluster, rank, warpgroup);
+  Multiplier<T> multiplier(smem, warpgroup, split * T::kClusterRows);
+  const Combiner<T> combiner(p, smem, cluster, row, warpgroup);
+  const Exchange<T> exchange(p, smem, cluster, row, split, warpgroup);
   float sums[T::kParts][T::kSums];
   while (true) {
     jobs.wait();
     const Job work = jobs.read();
     if (work.row_tile < 0) break;
+    const int token0 = work.token_tile * T::kTokens, token_end = min(token0 + T::kTokens, p.m);
     const int row0 = T::kRowTiles == 2
                          ? (work.row_tile + warpgroup) * kTileRows + warp % 4 * 16
                          : work.row_tile * kTileRows + warpgroup * T::kPartRows + warp % 4 * 16;
     Writer<T> writer[T::kParts];
 #pragma unroll
     for (int part = 0; part < T::kParts; ++part) {
-      writer[part].start(p, work.token_tile * T::kTokens, row0 + part * T::kPartRows);
+      writer[part].start(p, smem, warpgroup, token0 + split * T::kOwnTokens, token_end,
+                         row0 + part * T::kPartRows);
     }
     const int sparse = T::kRowTiles == 2 && warpgroup == 1 ? work.sparse[1] : work.sparse[0];
     multiplier.run(sums, sparse, work.x_end - work.x_begin - 2 * sparse);
     const Job job = jobs.read();  // again, so that it takes no registers meanwhile
     jobs.done();
-    if (job.first != job.last && !combiner.combine(job, sums)) continue;
+    if constexpr (T::kSplits > 1) {
+      float own[T::kParts][T::kOwnSums];
+      exchange.run(sums, own);
 #pragma unroll
-    for (int part = 0; part < T::kParts; ++part) writer[part].store(sums[part]);
+      for (int part = 0; part < T::kParts; ++part) writer[part].store(own[part]);
+    } else {
+      if (job.first != job.last && !combiner.combine(job, sums)) continue;
+#pragma unroll
+      for (int part = 0; part < T::kParts; ++part) writer[part].store(sums[part]);
+    }
+  }
+  if constexpr (T::kStaged) {
+    if (threadIdx.x % 128 == 0) ptx::store_wait_read<0>();
   }
 }
 
@@ -116,7 +136,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kResidency)
                         : warp == 8 ? WarpRole::kWeights
                         : warp == 9 ? WarpRole::kActivations
                                     : WarpRole::kIdle;
-  const int cluster = blockIdx.x / T::kCluster, rank = blockIdx.x % T::kCluster;
+  const int cluster = blockIdx.x / T::kClusterSize, row = blockIdx.x % T::kClusterRows;
+  const int split = blockIdx.x % T::kClusterSize / T::kClusterRows;
 
   ptx::grid_launch_dependents();
   if (role == WarpRole::kWeights && ptx::lane_id() == 0) {
@@ -129,14 +150,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kResidency)
   JobRing<T> jobs(smem);
   if (role == WarpRole::kConsumer) {
     if constexpr (T::kResidency == 1) ptx::take_registers<T::kConsumerRegisters>();
-    consume<T>(p, smem, jobs, cluster, rank);
+    consume<T>(p, smem, jobs, cluster, row, split);
   } else {
     if constexpr (T::kResidency == 1) ptx::give_registers<T::kLoaderRegisters>();
-    if (role == WarpRole::kWeights) load_weights<T>(p, smem, jobs, cluster, rank);
-    if (role == WarpRole::kActivations) load_activations<T>(p, smem, jobs, rank);
+    if (role == WarpRole::kWeights) load_weights<T>(p, smem, jobs, cluster, row, split);
+    if (role == WarpRole::kActivations) load_activations<T>(p, smem, jobs, row, split);
   }
   // Nobody leaves while a neighbour may still arrive at its barriers.
-  if constexpr (T::kCluster > 1) {
+  if constexpr (T::kClusterSize > 1) {
     __syncwarp();
     sync_cluster<T>();
   }
@@ -147,12 +168,19 @@ void launch_instance(const Params& params, cuda::Stream stream) {
   auto* kernel = &hybrid_gemm<T>;
   cuda::allow_smem(kernel, T::kSmemBytes);
   cuda::LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(params.schedule.clusters * T::kCluster));
+  shape.grid = dim3(static_cast<unsigned>(params.schedule.clusters * T::kClusterSize));
   shape.block = dim3(T::kThreads);
   shape.smem_bytes = T::kSmemBytes;
-  shape.cluster = T::kCluster;
+  shape.cluster = T::kClusterSize;
   shape.dependent = true;
   cuda::launch(kernel, shape, stream, params);
+}
+
+template <class T>
+int max_clusters_instance() {
+  auto* kernel = &hybrid_gemm<T>;
+  cuda::allow_smem(kernel, T::kSmemBytes);
+  return cuda::max_clusters(kernel, dim3(T::kThreads), T::kSmemBytes, T::kClusterSize);
 }
 
 }  // namespace spense::sm90

@@ -2,6 +2,8 @@
 // From a plan to one of the compiled kernels.
 #include "sm90/launch.h"
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string_view>
 
@@ -9,7 +11,9 @@
 
 namespace spense::sm90 {
 
-#define INSTANCE(name, ...) void launch_##name(const Params& params, cuda::Stream stream);
+#define INSTANCE(name, ...)                                      \
+  void launch_##name(const Params& params, cuda::Stream stream); \
+  int max_clusters_##name();
 #include "heuristics/sm90_instances.def"
 #undef INSTANCE
 
@@ -18,9 +22,10 @@ namespace {
 struct Instance {
   std::string_view name;
   void (*launch)(const Params& params, cuda::Stream stream);
+  int (*max_clusters)();
 };
 constexpr Instance kInstances[] = {
-#define INSTANCE(name, ...) {#name, &launch_##name},
+#define INSTANCE(name, ...) {#name, &launch_##name, &max_clusters_##name},
 #include "heuristics/sm90_instances.def"
 #undef INSTANCE
 };
@@ -30,8 +35,19 @@ constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000
 
 }  // namespace
 
+const heuristics::MaxClusters& max_clusters(int device) {
+  static std::mutex guard;
+  static std::map<int, heuristics::MaxClusters> of_device;
+  const std::lock_guard lock(guard);
+  heuristics::MaxClusters& fit = of_device[device];
+  if (fit.empty()) {
+    for (const Instance& instance : kInstances) fit.push_back(instance.max_clusters());
+  }
+  return fit;
+}
+
 cuda::ByteMatrix x_matrix(const heuristics::GemmConfig& config, const GemmArgs& args) {
-  return {args.x, args.m, args.k, args.x_stride, config.tokens / config.cluster};
+  return {args.x, args.m, args.k, args.x_stride, config.tokens / config.cluster_rows};
 }
 
 void launch(const heuristics::GemmConfig& config, const heuristics::ScheduleParams& schedule,
@@ -45,7 +61,7 @@ void launch(const heuristics::GemmConfig& config, const heuristics::SchedulePara
   p.w_scale = args.w_scale;
   p.bias = args.bias;
   p.y = args.y;
-  p.partials = static_cast<float*>(partials);
+  p.partials = p.exchange = static_cast<float*>(partials);  // a config uses one of them
   p.counters = counters;
   p.w_policy = schedule.token_tiles == 1 ? kEvictFirst : kEvictNormal;
   p.x_scale_step = static_cast<int32_t>(args.x_scale_step);
@@ -55,6 +71,12 @@ void launch(const heuristics::GemmConfig& config, const heuristics::SchedulePara
   p.wide_rows = args.n * bytes_of(args.out) % kWideStore == 0 &&
                 reinterpret_cast<uintptr_t>(args.y) % kWideStore == 0;
   p.schedule = schedule;
+  p.staged = heuristics::staged(config) && p.wide_rows && args.out != OutType::kFloat32;
+  if (p.staged) {
+    const int64_t row_bytes = args.n * bytes_of(args.out);
+    p.y_map =
+        cuda::tensor_map({args.y, args.m, row_bytes, row_bytes, heuristics::store_tokens(config)});
+  }
   for (const Instance& instance : kInstances) {
     if (instance.name == config.name) return instance.launch(p, stream);
   }

@@ -11,6 +11,9 @@ namespace spense::sm90 {
 // How the kernels of a config read x.
 cuda::ByteMatrix x_matrix(const heuristics::GemmConfig& config, const GemmArgs& args);
 
+// Clusters of each config that the current device holds at a time; asked once a device.
+const heuristics::MaxClusters& max_clusters(int device);
+
 void launch(const heuristics::GemmConfig& config, const heuristics::ScheduleParams& schedule,
             const GemmArgs& args, void* partials, uint32_t* counters, cuda::Stream stream);
 

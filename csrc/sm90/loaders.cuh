@@ -125,6 +125,7 @@ class WeightLoader {
   __device__ void put(int tile, const uint8_t* unit, uint32_t bytes) {
     Cursor<T::kWStages>& at = at_[tile];
     const int slot = tile * T::kWStages + at.slot;
+    if (issued_++ == T::kWSlots) prefetch(unit);
     ptx::barrier_wait(smem_ + T::kWEmpty + 8 * slot, at.parity ^ 1);
     __syncwarp();
     if (ptx::lane_id() == 0) {
@@ -135,20 +136,33 @@ class WeightLoader {
     at.advance();
   }
 
+  // With the rings full for the first time, brings some more into L2: there is nothing else to do
+  // until the kernel ahead is done.
+  __device__ void prefetch(const uint8_t* from) const {
+    constexpr int kBytes = 64 * 1024, kPiece = 16 * 1024;
+    const int64_t stream_bytes = int64_t{p_.schedule.stream_blocks} * format::kBlockBytes;
+    if (ptx::lane_id() != 0) return;
+    for (int i = 0; i < kBytes && from - p_.w + i + kPiece <= stream_bytes; i += kPiece) {
+      ptx::bulk_prefetch_l2(from + i, kPiece);
+    }
+  }
+
   const Params& p_;
   uint32_t smem_;
   Cursor<T::kWStages> at_[T::kRowTiles];
+  int issued_ = 0;  // units
 };
 
 // Fetches this CTA's share of each block of x and hands it to the whole cluster.
 template <class T>
 class ActivationLoader {
  public:
-  __device__ ActivationLoader(const Params& p, uint32_t smem, uint32_t rank)
-      : p_(p), smem_(smem), rank_(rank) {}
+  // row: of this CTA among those that share x, the first of which is `first` in the cluster.
+  __device__ ActivationLoader(const Params& p, uint32_t smem, uint32_t row, uint32_t first)
+      : p_(p), smem_(smem), row_(row), first_(first) {}
 
   __device__ void load(const Job& job) {
-    const int row = job.token_tile * T::kTokens + static_cast<int>(rank_) * T::kXBoxTokens;
+    const int row = job.token_tile * T::kTokens + static_cast<int>(row_) * T::kXBoxTokens;
     for (int block = job.x_begin; block < job.x_end; ++block) put(block * kRowBytes, row);
   }
 
@@ -160,10 +174,10 @@ class ActivationLoader {
       const uint32_t full = smem_ + T::kXFull + 8 * at_.slot;
       const uint32_t slot = smem_ + T::kXRing + at_.slot * T::kXStageBytes;
       ptx::barrier_arrive_expect(full, T::kXStageBytes);
-      if constexpr (T::kCluster > 1) {
-        constexpr uint16_t kEveryone = (1u << T::kCluster) - 1;
-        ptx::tensor_copy_2d_multicast(slot + rank_ * T::kXBoxTokens * kRowBytes, &p_.x_map, column,
-                                      row, full, kEveryone, ptx::kEvictLast);
+      if constexpr (T::kClusterRows > 1) {
+        const uint16_t sharers = ((1u << T::kClusterRows) - 1) << first_;
+        ptx::tensor_copy_2d_multicast(slot + row_ * T::kXBoxTokens * kRowBytes, &p_.x_map, column,
+                                      row, full, sharers, ptx::kEvictLast);
       } else {
         ptx::tensor_copy_2d(slot, &p_.x_map, column, row, full, ptx::kEvictLast);
       }
@@ -172,7 +186,7 @@ class ActivationLoader {
   }
 
   const Params& p_;
-  uint32_t smem_, rank_;
+  uint32_t smem_, row_, first_;
   Cursor<T::kXStages> at_;
 };
 

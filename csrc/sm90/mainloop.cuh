@@ -15,9 +15,10 @@ template <class T>
 class Multiplier {
  public:
   using Sums = float (&)[T::kParts][T::kSums];
-  using Metadata = uint32_t (&)[T::kParts][2];
 
-  __device__ Multiplier(uint32_t smem, int warpgroup) {
+  // first_sharer: the CTA of the cluster that is first of those that share x.
+  __device__ Multiplier(uint32_t smem, int warpgroup, int first_sharer)
+      : first_sharer_(first_sharer) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const int tile = T::kRowTiles == 2 ? warpgroup : 0;
     const int row0 = T::kRowTiles == 2 ? 0 : warpgroup * T::kPartRows;
@@ -30,64 +31,128 @@ class Multiplier {
     values_ = ring + row0 * kRowBytes;
     // wgmma.sp's metadata: lane l holds row l / 4 + 8 * (l % 2) of its warp's 16, and of each 64
     // logical columns (8 bytes) word l / 2 % 2.
-    const int row = row0 + warp * 16 + lane / 4 + 8 * (lane % 2);
-    metadata_ = ring + format::metadata_offset(row, 0);
+    const int metadata_row = row0 + warp * 16 + lane / 4 + 8 * (lane % 2);
+    metadata_ = ring + format::metadata_offset(metadata_row, 0);
     second_word_ = lane / 2 % 2 != 0;
   }
 
   // sums = the segment's part of the tile. Every slot is given back when it returns.
   __device__ void run(Sums sums, int sparse, int dense) {
-    uint32_t first[T::kParts][2] = {}, second[T::kParts][2] = {};
     accumulate_ = false;
-    for (; sparse > 0; --sparse) {
-      ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
-      sparse_block<0>(sums, first, second);
-      sparse_block<1>(sums, second, first);
-      w_.advance();
+    if constexpr (T::kSplits > 1) {
+      if (sparse + dense == 0) clear(sums);
     }
+    if constexpr (kWholeUnits) {
+      uint32_t first[T::kParts][4] = {}, second[T::kParts][4] = {};
+      for (; sparse > 1; sparse -= 2) {
+        sparse_unit(sums, first, second);
+        sparse_unit(sums, second, first);
+      }
+      if (sparse) sparse_unit(sums, first, second);
+      run_dense(sums, dense);
+      ptx::pin(first);
+      ptx::pin(second);
+    } else {
+      uint32_t first[T::kParts][2] = {}, second[T::kParts][2] = {};
+      for (; sparse > 0; --sparse) {
+        ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
+        sparse_block<0>(sums, first, second);
+        sparse_block<1>(sums, second, first);
+        w_.advance();
+      }
+      run_dense(sums, dense);
+      ptx::pin(first);
+      ptx::pin(second);
+    }
+  }
+
+ private:
+  // Small tiles take a sparse unit at a time, so that waiting costs less; large ones half a unit,
+  // so that a slot of x is held no longer than need be.
+  static constexpr bool kWholeUnits = T::kTokens <= 64;
+
+  __device__ __forceinline__ static void clear(Sums sums) {
+#pragma unroll
+    for (int part = 0; part < T::kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < T::kSums; ++i) sums[part][i] = 0;
+    }
+  }
+
+  __device__ __forceinline__ void run_dense(Sums sums, int dense) {
     for (; dense > 0; --dense) {
       ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
-      dense_block(sums, second);
+      dense_block(sums);
       w_.advance();
     }
     ptx::mma_wait<0>();
     release();
     ptx::pin(sums);
-    ptx::pin(second);
   }
 
- private:
-  // Half of a sparse unit: 128 logical columns, two instructions for each part.
   template <int kHalf>
-  __device__ __forceinline__ void sparse_block(Sums sums, Metadata metadata, Metadata previous) {
-    const uint32_t slot = w_.slot * T::kWStageBytes;
+  __device__ __forceinline__ uint4 metadata_row(int part) const {
+    return ptx::load_shared_v4(metadata_ + w_.slot * T::kWStageBytes +
+                               format::metadata_offset(part * T::kPartRows, kHalf * 128) -
+                               format::metadata_offset(0, 0));
+  }
+
+  // 256 logical columns, four instructions for each part.
+  __device__ __forceinline__ void sparse_unit(Sums sums, uint32_t (&metadata)[T::kParts][4],
+                                              uint32_t (&previous)[T::kParts][4]) {
+    ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
 #pragma unroll
     for (int part = 0; part < T::kParts; ++part) {
-      const uint4 row = ptx::load_shared_v4(
-          metadata_ + slot + format::metadata_offset(part * T::kPartRows, kHalf * 128) -
-          format::metadata_offset(0, 0));
+      const uint4 a = metadata_row<0>(part), b = metadata_row<1>(part);
+      metadata[part][0] = second_word_ ? a.y : a.x;
+      metadata[part][1] = second_word_ ? a.w : a.z;
+      metadata[part][2] = second_word_ ? b.y : b.x;
+      metadata[part][3] = second_word_ ? b.w : b.z;
+    }
+    const uint64_t w = operand(values_ + w_.slot * T::kWStageBytes);
+    uint64_t x[2];
+    x[0] = next_x();
+    x[1] = next_x();
+    const auto issue = [&](auto& to, int part, int i, bool accumulate) {
+      constexpr int kXStep = 64 >> 4, kWStep = 32 >> 4;  // bytes of 64 logical columns
+      mma_sparse<T::kTokens>(to, w + part * kPartStep + i * kWStep, x[i / 2] + i % 2 * kXStep,
+                             metadata[part][i], accumulate);
+    };
+    multiply<true, 4, 2>(sums, issue);
+    ptx::pin(previous);
+    w_.advance();
+  }
+
+  // Half of a sparse unit: 128 logical columns, two instructions for each part.
+  template <int kHalf>
+  __device__ __forceinline__ void sparse_block(Sums sums, uint32_t (&metadata)[T::kParts][2],
+                                               uint32_t (&previous)[T::kParts][2]) {
+#pragma unroll
+    for (int part = 0; part < T::kParts; ++part) {
+      const uint4 row = metadata_row<kHalf>(part);
       metadata[part][0] = second_word_ ? row.y : row.x;
       metadata[part][1] = second_word_ ? row.w : row.z;
     }
-    const uint64_t w = operand(values_ + slot + kHalf * kRowBytes / 2);
+    const uint64_t w = operand(values_ + w_.slot * T::kWStageBytes + kHalf * kRowBytes / 2);
     const uint64_t x = next_x();
     const auto issue = [&](auto& to, int part, int i, bool accumulate) {
       constexpr int kXStep = 64 >> 4, kWStep = 32 >> 4;  // bytes of 64 logical columns
       mma_sparse<T::kTokens>(to, w + part * kPartStep + i * kWStep, x + i * kXStep,
                              metadata[part][i], accumulate);
     };
-    multiply<kHalf == 1, 2>(sums, metadata, previous, issue);
+    multiply<kHalf == 1, 2, 1>(sums, issue);
+    ptx::pin(previous);
   }
 
   // A dense unit: 128 columns, four instructions for each part.
-  __device__ __forceinline__ void dense_block(Sums sums, Metadata previous) {
+  __device__ __forceinline__ void dense_block(Sums sums) {
     const uint64_t w = operand(values_ + w_.slot * T::kWStageBytes);
     const uint64_t x = next_x();
     const auto issue = [&](auto& to, int part, int i, bool accumulate) {
       constexpr int kStep = 32 >> 4;
       mma_dense<T::kTokens>(to, w + part * kPartStep + i * kStep, x + i * kStep, accumulate);
     };
-    multiply<true, 4>(sums, previous, previous, issue);
+    multiply<true, 4, 1>(sums, issue);
   }
 
   // Waits for the next block of x and returns its operand.
@@ -98,11 +163,10 @@ class Multiplier {
     return x;
   }
 
-  // Issues the instructions of a block and retires the block before it. The instructions under way
-  // may read the metadata of both until then.
-  template <bool kEndsUnit, int kInstructions, class Issue>
-  __device__ __forceinline__ void multiply(Sums sums, Metadata mine, Metadata previous,
-                                           Issue issue) {
+  // Issues the instructions of a group and retires the group before it. The instructions under way
+  // may read the metadata of both until then. kBlocks: of x.
+  template <bool kEndsUnit, int kInstructions, int kBlocks, class Issue>
+  __device__ __forceinline__ void multiply(Sums sums, Issue issue) {
     if constexpr (T::kPromoted) {
       // The sums of a unit start from zero and are added in float32.
       ptx::pin(unit_sums_);
@@ -116,12 +180,10 @@ class Multiplier {
       if constexpr (kEndsUnit) {
         ptx::mma_wait<0>();
         ptx::pin(unit_sums_);
-        ptx::pin(mine);
-        ptx::pin(previous);
         release();
         add_unit(sums);
       }
-      note_under_way(kEndsUnit);
+      note_under_way(kEndsUnit, kBlocks);
       if constexpr (kEndsUnit) release();
     } else {
       ptx::pin(sums);
@@ -131,9 +193,8 @@ class Multiplier {
       ptx::mma_commit();
       accumulate_ = true;
       ptx::mma_wait<1>();
-      ptx::pin(previous);
       release();
-      note_under_way(kEndsUnit);
+      note_under_way(kEndsUnit, kBlocks);
     }
   }
 
@@ -156,34 +217,41 @@ class Multiplier {
     for (int part = 0; part < T::kParts; ++part) issue(sums[part], part, i, accumulate);
   }
 
-  __device__ __forceinline__ void note_under_way(bool ends_unit) {
-    under_way_ = true;
+  __device__ __forceinline__ void note_under_way(bool ends_unit, int blocks) {
+    blocks_ = blocks;
     ends_unit_ = ends_unit;
   }
 
-  // Gives back the block of x that was under way, and its unit of w when that ends with it.
+  // Gives back the blocks of x that were under way, and their unit of w when that ends with them.
   __device__ __forceinline__ void release() {
-    if (!under_way_) return;
-    const uint32_t lane = ptx::lane_id();
+    if (blocks_ == 0) return;
     if (ends_unit_) {
-      if (lane == 0) ptx::barrier_arrive(w_empty_ + 8 * w_done_.slot);
+      arrive<1>(w_empty_ + 8 * w_done_.slot, 0);
       w_done_.advance();
     }
-    const uint32_t empty = x_empty_ + 8 * x_done_.slot;
-    if constexpr (T::kCluster > 1) {
-      if (lane < T::kCluster) ptx::barrier_arrive_remote(empty, lane);
-    } else {
-      if (lane == 0) ptx::barrier_arrive(empty);
+    for (; blocks_ > 0; --blocks_) {
+      arrive<T::kClusterRows>(x_empty_ + 8 * x_done_.slot, first_sharer_);
+      x_done_.advance();
     }
-    x_done_.advance();
-    under_way_ = false;
+  }
+  // Arrives once a warp, at the barriers of all that share the slot.
+  template <int kSharers>
+  __device__ __forceinline__ static void arrive(uint32_t barrier, int first) {
+    const int lane = static_cast<int>(ptx::lane_id());
+    if constexpr (kSharers > 1) {
+      if (lane < kSharers) ptx::barrier_arrive_remote(barrier, first + lane);
+    } else {
+      if (lane == 0) ptx::barrier_arrive(barrier);
+    }
   }
 
   static constexpr uint64_t kPartStep = T::kPartRows * kRowBytes >> 4;
 
+  int first_sharer_;
   uint32_t w_full_, w_empty_, x_ring_, x_full_, x_empty_, values_, metadata_;
   bool second_word_, accumulate_ = false;
-  bool under_way_ = false, ends_unit_ = false;  // of the block that is being multiplied
+  int blocks_ = 0;          // of x that are being multiplied
+  bool ends_unit_ = false;  // and whether their unit ends with them
   Cursor<T::kWStages> w_, w_done_;
   Cursor<T::kXStages> x_, x_done_;
   // Of the unit under way, when they are promoted.

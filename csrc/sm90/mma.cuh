@@ -4,6 +4,9 @@
 #pragma once
 
 #include <cstdint>
+#if SPENSE_EXTENDED_TILES  // of an instance with another width than CuTe's usual ones: slow to read
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
+#endif
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/arch/mma_sm90_gmma_sparse.hpp>
 #include <utility>
@@ -23,7 +26,11 @@ SPENSE_ATOMS(8)
 SPENSE_ATOMS(16)
 SPENSE_ATOMS(32)
 SPENSE_ATOMS(64)
+SPENSE_ATOMS(96)
 SPENSE_ATOMS(128)
+#if SPENSE_EXTENDED_TILES
+SPENSE_ATOMS(176)
+#endif
 SPENSE_ATOMS(256)
 #undef SPENSE_ATOMS
 

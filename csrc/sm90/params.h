@@ -14,6 +14,7 @@ namespace spense::sm90 {
 
 // Everything a launch needs.
 struct Params {
+  CUtensorMap y_map;     // y as [m, 2 n] bytes, in boxes of store_tokens x 128, if staged
   CUtensorMap x_map;     // x as [m, k] bytes, in boxes of tokens / cluster x 128
   const uint8_t* w;      // tile stream
   const int4* tiles;     // w_tiles
@@ -22,11 +23,13 @@ struct Params {
   const float* bias;     // [n] or null
   void* y;               // [m, n]
   float* partials;       // [2 * CTAs, 128 * tokens]
+  float* exchange;       // sums on their way between CTAs that split K
   uint32_t* counters;    // [CTAs, 2], zero between launches
   uint64_t w_policy;     // L2 policy of the weights
   int32_t x_scale_step, m, n;
   OutType out;
   bool wide_rows;  // rows of y begin at 16-byte boundaries
+  bool staged;     // y is written through shared memory and y_map
   heuristics::ScheduleParams schedule;
 };
 

@@ -27,16 +27,18 @@ struct alignas(16) Job {
 };
 static_assert(sizeof(Job) == heuristics::kJobBytes);
 
-template <int row_tiles, int tokens, int cluster, int w_stages, int x_stages, int residency,
-          bool promoted>
+template <int row_tiles, int tokens, int cluster_rows, int splits, int w_stages, int x_stages,
+          int residency, bool promoted>
 struct Traits {
-  static constexpr heuristics::GemmConfig kConfig{"",       row_tiles, tokens,    cluster,
-                                                  w_stages, x_stages,  residency, promoted};
+  static constexpr heuristics::GemmConfig kConfig{
+      "", row_tiles, tokens, cluster_rows, splits, w_stages, x_stages, residency, promoted};
   static_assert(heuristics::legal(kConfig));
 
   static constexpr int kRowTiles = row_tiles;
   static constexpr int kTokens = tokens;
-  static constexpr int kCluster = cluster;
+  static constexpr int kClusterRows = cluster_rows;  // CTAs that share x
+  static constexpr int kSplits = splits;             // CTAs that share a tile's K
+  static constexpr int kClusterSize = cluster_rows * splits;
   static constexpr int kWStages = w_stages;
   static constexpr int kXStages = x_stages;
   static constexpr int kResidency = residency;
@@ -53,6 +55,8 @@ struct Traits {
   static constexpr int kLoaderRegisters = 56, kConsumerRegisters = 224;
   static_assert(kLoaderRegisters + 2 * kConsumerRegisters <= 65536 / 128);
   static constexpr int kSums = tokens / 2;  // accumulator registers of a thread and part
+  // Of a tile whose K several CTAs split each finishes these tokens.
+  static constexpr int kOwnTokens = 8 * heuristics::own_groups(kConfig), kOwnSums = kOwnTokens / 2;
   static_assert(kPartRows * heuristics::kConsumerWarpgroups == kTileRows);
 
   // Shared memory, in bytes from the start:
@@ -63,17 +67,22 @@ struct Traits {
   //   tickets     one word a consumer warpgroup, for the fix-up
   static constexpr int kWStageBytes = heuristics::kWStageBytes;
   static constexpr int kXStageBytes = heuristics::x_stage_bytes(kConfig);
-  static constexpr int kXBoxTokens = tokens / cluster;  // what each CTA of a cluster fetches
+  static constexpr int kXBoxTokens = tokens / cluster_rows;  // what each CTA of a cluster fetches
   static constexpr int kWSlots = kRowTiles * kWStages;
   static constexpr int kXRing = kWSlots * kWStageBytes;
-  static constexpr int kWFull = kXRing + kXStages * kXStageBytes;
+  static constexpr bool kStaged = heuristics::staged(kConfig);
+  static constexpr int kStoreTokens = heuristics::store_tokens(kConfig);
+  static constexpr int kStaging = kXRing + kXStages * kXStageBytes;
+  static constexpr int kWFull = kStaging + heuristics::staging_bytes(kConfig);
   static constexpr int kWEmpty = kWFull + 8 * kWSlots;
   static constexpr int kXFull = kWEmpty + 8 * kWSlots;
   static constexpr int kXEmpty = kXFull + 8 * kXStages;
   static constexpr int kJobFull = kXEmpty + 8 * kXStages;
   static constexpr int kJobEmpty = kJobFull + 8 * kJobStages;
   static constexpr int kJobs = kJobEmpty + 8 * kJobStages;
-  static constexpr int kTickets = kJobs + heuristics::kJobBytes * kJobStages;
+  static constexpr int kExchanged = kJobs + heuristics::kJobBytes * kJobStages;
+  static constexpr int kTickets =
+      kExchanged + 8 * heuristics::kConsumerWarpgroups * heuristics::kMaxSplits;
   static_assert(kJobs % 16 == 0);
   static constexpr int kSmemBytes = kTickets + 4 * heuristics::kConsumerWarpgroups;
   static_assert(kSmemBytes == heuristics::smem_bytes(kConfig));
