@@ -77,7 +77,7 @@ std::optional<GemmChoice> find_choice(const GemmDesc& desc, const MaxClusters& f
 
 GemmChoice choose(const GemmDesc& desc, const MaxClusters& fit) {
   return *fastest(desc, fit, [&](const GemmChoice& choice) {
-    return choice.config->promoted != desc.fast_accum;
+    return precise(*choice.config) != desc.fast_accum;
   });
 }
 

@@ -36,7 +36,7 @@ struct GemmConfig {
   int w_stages;      // ring of weight units for each row tile, 20 KiB a unit
   int x_stages;      // ring of activation blocks, tokens * 128 bytes each
   int residency;     // CTAs a multiprocessor holds: 2 lets the next kernel fill its rings early
-  bool promoted;     // sums of a unit are added in float32 (fast_accum=False)
+  int promote;       // units after which the tensor cores' sums are added in float32; 0: never
 };
 
 // --- budgets ---
@@ -55,6 +55,8 @@ inline constexpr int kWStageBytes = format::kSparseUnitBytes;
 constexpr int threads(const GemmConfig& c) {
   return kConsumerWarpgroups * 128 + (c.residency == 1 ? 128 : 2 * 32);
 }
+// fast_accum=False: sums leave the tensor cores at least every 256 columns.
+constexpr bool precise(const GemmConfig& c) { return c.promote == 1; }
 constexpr int cluster_size(const GemmConfig& c) { return c.cluster_rows * c.splits; }
 // Token groups of 8 of a tile that each of the CTAs finishes that split its K.
 constexpr int own_groups(const GemmConfig& c) { return (c.tokens / 8 + c.splits - 1) / c.splits; }
@@ -102,10 +104,10 @@ constexpr bool legal(const GemmConfig& c) {
   const bool rings = c.w_stages >= 2 && c.x_stages >= 4;
   const bool rows = c.row_tiles == 1 || c.row_tiles == 2;
   // Sums of a thread: they and their promoted twin must fit the registers.
-  const int sums = c.row_tiles * c.tokens / 2 * (c.promoted ? 2 : 1);
+  const int sums = c.row_tiles * c.tokens / 2 * (c.promote ? 2 : 1);
   const bool residency = c.residency == 1 || c.residency == 2;
   return tile && box && splits && rings && rows && residency && smem_bytes(c) <= smem_limit(c) &&
-         sums <= (c.residency == 1 ? 128 : 32) * (c.promoted ? 2 : 1);
+         sums <= (c.residency == 1 ? 128 : 32) * (c.promote ? 2 : 1);
 }
 
 // Row tiles that a cluster works on side by side.

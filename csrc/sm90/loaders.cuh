@@ -86,8 +86,13 @@ class WeightLoader {
   // tiles of the last group repeat the last tile; their rows lie beyond n.
   __device__ void load(int row_tile, const heuristics::Segment& s, JobRing<T>& jobs) {
     const int k_blocks = p_.schedule.k_blocks;
-    Job job{row_tile, s.token_tile, 2 * s.step_begin, min(2 * s.step_end, k_blocks), s.first,
-            s.last,   {0, 0}};
+    Job job{row_tile,
+            s.token_tile,
+            min(2 * s.step_begin, k_blocks),
+            min(2 * s.step_end, k_blocks),
+            s.first,
+            s.last,
+            {0, 0}};
     Tile tiles[T::kRowTiles];
 #pragma unroll
     for (int t = 0; t < T::kRowTiles; ++t) {

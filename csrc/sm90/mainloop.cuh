@@ -38,10 +38,9 @@ class Multiplier {
 
   // sums = the segment's part of the tile. Every slot is given back when it returns.
   __device__ void run(Sums sums, int sparse, int dense) {
-    accumulate_ = false;
-    if constexpr (T::kSplits > 1) {
-      if (sparse + dense == 0) clear(sums);
-    }
+    inside_ = false;
+    units_ = 0;
+    if (T::kPromote != 0 || (T::kSplits > 1 && sparse + dense == 0)) clear(sums);
     if constexpr (kWholeUnits) {
       uint32_t first[T::kParts][4] = {}, second[T::kParts][4] = {};
       for (; sparse > 1; sparse -= 2) {
@@ -87,6 +86,9 @@ class Multiplier {
     }
     ptx::mma_wait<0>();
     release();
+    if constexpr (T::kPromote != 0) {
+      if (inside_) promote_sums(sums);
+    }
     ptx::pin(sums);
   }
 
@@ -167,47 +169,45 @@ class Multiplier {
   // may read the metadata of both until then. kBlocks: of x.
   template <bool kEndsUnit, int kInstructions, int kBlocks, class Issue>
   __device__ __forceinline__ void multiply(Sums sums, Issue issue) {
-    if constexpr (T::kPromoted) {
-      // The sums of a unit start from zero and are added in float32.
-      ptx::pin(unit_sums_);
-      ptx::mma_fence();
+    Sums mma_sums = tensor_core_sums(sums);
+    ptx::pin(mma_sums);
+    ptx::mma_fence();
 #pragma unroll
-      for (int i = 0; i < kInstructions; ++i) {
-        issue_parts(unit_sums_, issue, i, i != 0 || inside_unit_);
-      }
-      ptx::mma_commit();
-      inside_unit_ = !kEndsUnit;
-      if constexpr (kEndsUnit) {
+    for (int i = 0; i < kInstructions; ++i) issue_parts(mma_sums, issue, i, i != 0 || inside_);
+    ptx::mma_commit();
+    inside_ = true;
+    if constexpr (T::kPromote != 0 && kEndsUnit) {
+      if (++units_ == T::kPromote) {
         ptx::mma_wait<0>();
-        ptx::pin(unit_sums_);
         release();
-        add_unit(sums);
+        note_under_way(kEndsUnit, kBlocks);
+        release();
+        promote_sums(sums);
+        return;
       }
-      note_under_way(kEndsUnit, kBlocks);
-      if constexpr (kEndsUnit) release();
+    }
+    ptx::mma_wait<1>();
+    release();
+    note_under_way(kEndsUnit, kBlocks);
+  }
+  __device__ __forceinline__ Sums tensor_core_sums(Sums sums) {
+    if constexpr (T::kPromote != 0) {
+      return mma_sums_;
     } else {
-      ptx::pin(sums);
-      ptx::mma_fence();
-#pragma unroll
-      for (int i = 0; i < kInstructions; ++i) issue_parts(sums, issue, i, i != 0 || accumulate_);
-      ptx::mma_commit();
-      accumulate_ = true;
-      ptx::mma_wait<1>();
-      release();
-      note_under_way(kEndsUnit, kBlocks);
+      return sums;
     }
   }
 
-  __device__ __forceinline__ void add_unit(Sums sums) {
+  // Adds what the tensor cores have summed up, at their own precision, to the float32 sums.
+  __device__ __forceinline__ void promote_sums(Sums sums) {
+    ptx::pin(mma_sums_);
 #pragma unroll
     for (int part = 0; part < T::kParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < T::kSums; ++i) {
-        const float v = unit_sums_[part][i];
-        sums[part][i] = accumulate_ ? sums[part][i] + v : v;
-      }
+      for (int i = 0; i < T::kSums; ++i) sums[part][i] += mma_sums_[part][i];
     }
-    accumulate_ = true;
+    units_ = 0;
+    inside_ = false;
   }
 
   template <class Issue>
@@ -249,14 +249,14 @@ class Multiplier {
 
   int first_sharer_;
   uint32_t w_full_, w_empty_, x_ring_, x_full_, x_empty_, values_, metadata_;
-  bool second_word_, accumulate_ = false;
+  bool second_word_;
   int blocks_ = 0;          // of x that are being multiplied
   bool ends_unit_ = false;  // and whether their unit ends with them
   Cursor<T::kWStages> w_, w_done_;
   Cursor<T::kXStages> x_, x_done_;
-  // Of the unit under way, when they are promoted.
-  float unit_sums_[T::kParts][T::kPromoted ? T::kSums : 1];
-  bool inside_unit_ = false;
+  float mma_sums_[T::kParts][T::kPromote ? T::kSums : 1];  // not promoted yet
+  bool inside_ = false;  // whether the tensor cores' sums have begun
+  int units_ = 0;        // in them
 };
 
 }  // namespace spense::sm90

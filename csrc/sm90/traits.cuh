@@ -28,10 +28,10 @@ struct alignas(16) Job {
 static_assert(sizeof(Job) == heuristics::kJobBytes);
 
 template <int row_tiles, int tokens, int cluster_rows, int splits, int w_stages, int x_stages,
-          int residency, bool promoted>
+          int residency, int promote>
 struct Traits {
   static constexpr heuristics::GemmConfig kConfig{
-      "", row_tiles, tokens, cluster_rows, splits, w_stages, x_stages, residency, promoted};
+      "", row_tiles, tokens, cluster_rows, splits, w_stages, x_stages, residency, promote};
   static_assert(heuristics::legal(kConfig));
 
   static constexpr int kRowTiles = row_tiles;
@@ -42,7 +42,7 @@ struct Traits {
   static constexpr int kWStages = w_stages;
   static constexpr int kXStages = x_stages;
   static constexpr int kResidency = residency;
-  static constexpr bool kPromoted = promoted;
+  static constexpr int kPromote = promote;
 
   static constexpr int kJobStages = heuristics::kJobStages;
 
