@@ -92,12 +92,13 @@ def quality_table(quality: dict) -> str:
 
 def gemm_table(gemm: dict) -> str:
     """The GEMM's speed-ups on a GPU, and what they are measured against."""
+    dense, two = tables.rival_words(gemm)
     return "\n\n".join(
         [
             tables.short_table(gemm),
-            "`hybrid_gemm` at 25 % dense against cuBLASLt FP8 (the faster of its two scalings), "
+            f"`hybrid_gemm` at 25 % dense against {dense}, "
             "a model's four layers back to back in one CUDA graph, random data, weights rotated "
-            "past the L2. Two libraries: cuSPARSELt and cuBLASLt with the addition, same figure. "
+            f"past the L2. {two}"
             f"{tables.source_line(gemm)} Every layer and rival: "
             "[docs/performance.md](docs/performance.md).",
         ]

@@ -26,7 +26,9 @@ def short_table(results: dict) -> str:
     """Speed-up of both models' layers by M, at 25 % dense."""
     points = at_fraction(results)
     models = [name for name in MODELS if any(p["layer"] == name for p in points)]
-    head = ["M", *(f"{name}, four layers" for name in models), "slowest layer", "two libraries"]
+    both = any("two_library_add" in p["times"] for p in points)
+    head = ["M", *(f"{name}, four layers" for name in models), "slowest layer"]
+    head += ["two libraries"] if both else []
     lines = [_row(head), _row(["---"] * len(head))]
     for m in sorted({p["m"] for p in points if p["kind"] == "model"}):
         here = [p for p in points if p["m"] == m]
@@ -39,8 +41,9 @@ def short_table(results: dict) -> str:
             )
         layers = [r for p in here if p["kind"] == "layer" and (r := speed_up(p))]
         cells.append(_x(min(layers, default=None)))
-        rivals = [_between(p, ("two_library_add",), DENSE) for p in sums.values()]
-        cells.append(" / ".join(_x(r) for r in rivals))
+        if both:
+            rivals = [_between(p, ("two_library_add",), DENSE) for p in sums.values()]
+            cells.append(" / ".join(_x(r) for r in rivals))
         lines.append(_row(cells))
     return "\n".join(lines)
 
@@ -56,6 +59,15 @@ def source_line(results: dict) -> str:
         f"{device['name']}, driver {device.get('driver', 'none')}, torch {versions['torch']}, "
         f"commit {commits}, {' to '.join(dict.fromkeys((days[0], days[-1])))}."
     )
+
+
+def rival_words(results: dict) -> tuple[str, str]:
+    """What the short table's figures are against, and a sentence on the two libraries if timed."""
+    timed = {name for p in at_fraction(results) for name in p["times"]}
+    scalings = [name for name in DENSE if name in timed]
+    dense = "the faster of its two scalings" if len(scalings) > 1 else "scales per tensor"
+    two = "Two libraries: cuSPARSELt and cuBLASLt with the addition, same figure. "
+    return f"cuBLASLt FP8 ({dense})", two if "two_library_add" in timed else ""
 
 
 def full_table(results: dict, group: str, dense: float) -> str:
