@@ -87,4 +87,17 @@ inline void check_payload_arrays(const Tensor& values, const Tensor& indices, co
   check_same_device(SPENSE_ARG(op, dense), SPENSE_ARG(op, values));
 }
 
+// Checks unpack's arguments, save what takes reading w_tiles, and returns the split.
+inline format::PayloadLayout check_unpack(const Tensor& w_packed, const Tensor& w_tiles,
+                                          const std::vector<int64_t>& dense_width, int64_t n,
+                                          int64_t k, int64_t k_shards, int64_t layout) {
+  constexpr const char* op = "unpack";
+  check_layout(op, layout);
+  format::PayloadLayout payload = payload_layout(op, dense_width, n, k, k_shards);
+  check_packed(SPENSE_ARG(op, w_packed), SPENSE_ARG(op, w_tiles), n);
+  check_same_device(SPENSE_ARG(op, w_tiles), SPENSE_ARG(op, w_packed));
+  check_shape(SPENSE_ARG(op, w_packed), {payload.sizes().packed});
+  return payload;
+}
+
 }  // namespace spense::ops

@@ -148,12 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& w_packed, const Tensor& 
                                           std::vector<int64_t> dense_width, int64_t n, int64_t k,
                                           int64_t k_shards, int64_t layout) {
   constexpr const char* op = "unpack";
-  check_layout(op, layout);
-  const auto payload = payload_layout(op, dense_width, n, k, k_shards);
+  const auto payload = check_unpack(w_packed, w_tiles, dense_width, n, k, k_shards, layout);
   const auto sizes = payload.sizes();
-  check_packed(SPENSE_ARG(op, w_packed), SPENSE_ARG(op, w_tiles), n);
-  check_same_device(SPENSE_ARG(op, w_tiles), SPENSE_ARG(op, w_packed));
-  check_shape(SPENSE_ARG(op, w_packed), {sizes.packed});
   const auto table = format::check_tile_table(payload, data<int32_t>(w_tiles), w_packed.numel());
   throw_unless_ok(op, table);
 
