@@ -1,21 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/gemm.h"
 
+#include "sm100/launch.h"
 #include "sm90/launch.h"
 
 namespace spense::cuda {
+namespace {
 
-std::string gemm_configs(const DeviceInfo& device) {
-#if SPENSE_BUILT_SM90
-  if (device.arch == 90) return heuristics::choice_names();
-#endif
-  static_cast<void>(device);
-  return "";
-}
-
-std::optional<GemmPlan> plan_gemm(const GemmArgs& args, bool fast_accum, const char* config) {
-  const DeviceInfo device = device_info();
-  if (gemm_configs(device).empty()) return std::nullopt;
+heuristics::GemmDesc describe(const GemmArgs& args, bool fast_accum, const DeviceInfo& device) {
   heuristics::GemmDesc desc;
   desc.m = args.m;
   desc.n = args.n;
@@ -23,31 +15,80 @@ std::optional<GemmPlan> plan_gemm(const GemmArgs& args, bool fast_accum, const c
   desc.packed_bytes = args.w_bytes;
   desc.fast_accum = fast_accum;
   desc.multiprocessors = device.multiprocessors;
+  return desc;
+}
+
 #if SPENSE_BUILT_SM90
-  const heuristics::MaxClusters& fit = sm90::max_clusters(device.index);
-#else
-  const heuristics::MaxClusters fit;
-#endif
+std::optional<GemmPlan> plan_sm90(const heuristics::GemmDesc& desc, int device,
+                                  const char* config) {
+  const heuristics::MaxClusters& fit = sm90::max_clusters(device);
   const auto choice = config ? heuristics::find_choice(desc, fit, config)
                              : std::optional(heuristics::choose(desc, fit));
   if (!choice) return std::nullopt;
   GemmPlan plan;
   plan.choice = *choice;
-  plan.schedule = heuristics::schedule(desc, plan.choice,
-                                       heuristics::cluster_slots(desc, fit, *plan.choice.config));
-  plan.partial_bytes = heuristics::partial_bytes(*plan.choice.config, plan.schedule);
-  plan.counters = heuristics::counter_count(*plan.choice.config, plan.schedule);
+  plan.schedule = heuristics::schedule(desc, *choice,
+                                       heuristics::cluster_slots(desc, fit, *choice->config));
+  plan.partial_bytes = heuristics::partial_bytes(*choice->config, plan.schedule);
+  plan.counters = heuristics::counter_count(*choice->config, plan.schedule);
   return plan;
+}
+#endif
+
+#if SPENSE_BUILT_SM100
+std::optional<GemmPlan> plan_sm100(const heuristics::GemmDesc& desc, const char* config) {
+  namespace h = heuristics::sm100;
+  const h::Config* chosen = config ? h::find_config(config) : &h::choose(desc);
+  if (!chosen) return std::nullopt;
+  GemmPlan plan;
+  plan.choice = chosen;
+  plan.schedule = h::schedule(desc, *chosen);
+  plan.partial_bytes = h::partial_bytes(*chosen, plan.schedule);
+  plan.counters = h::counter_count(*chosen, plan.schedule);
+  return plan;
+}
+#endif
+
+}  // namespace
+
+std::string gemm_configs(const DeviceInfo& device) {
+#if SPENSE_BUILT_SM90
+  if (device.arch == 90) return heuristics::choice_names();
+#endif
+#if SPENSE_BUILT_SM100
+  if (device.arch == 100) return heuristics::sm100::config_names();
+#endif
+  static_cast<void>(device);
+  return "";
+}
+
+std::optional<GemmPlan> plan_gemm(const GemmArgs& args, bool fast_accum, const char* config) {
+  const DeviceInfo device = device_info();
+  const heuristics::GemmDesc desc = describe(args, fast_accum, device);
+#if SPENSE_BUILT_SM90
+  if (device.arch == 90) return plan_sm90(desc, device.index, config);
+#endif
+#if SPENSE_BUILT_SM100
+  if (device.arch == 100) return plan_sm100(desc, config);  // its sums are float32 always
+#endif
+  static_cast<void>(desc), static_cast<void>(config);
+  return std::nullopt;
 }
 
 void run_gemm(const GemmPlan& plan, const GemmArgs& args, void* partials, uint32_t* counters,
               Stream stream) {
 #if SPENSE_BUILT_SM90
-  sm90::launch(*plan.choice.config, plan.schedule, args, partials, counters, stream);
-#else
+  if (const auto* choice = std::get_if<heuristics::GemmChoice>(&plan.choice)) {
+    return sm90::launch(*choice->config, plan.schedule, args, partials, counters, stream);
+  }
+#endif
+#if SPENSE_BUILT_SM100
+  if (const auto* config = std::get_if<const heuristics::sm100::Config*>(&plan.choice)) {
+    return sm100::launch(**config, plan.schedule, args, partials, counters, stream);
+  }
+#endif
   static_cast<void>(plan), static_cast<void>(args), static_cast<void>(partials);
   static_cast<void>(counters), static_cast<void>(stream);
-#endif
 }
 
 }  // namespace spense::cuda

@@ -4,17 +4,20 @@
 
 #include <optional>
 #include <string>
+#include <variant>
 
 #include "core/gemm_args.h"
 #include "cuda/api.h"
 #include "heuristics/gemm.h"
+#include "heuristics/sm100.h"
 
 namespace spense::cuda {
 
 using spense::GemmArgs;
 
 struct GemmPlan {
-  heuristics::GemmChoice choice;
+  // Of the family that the device runs: SM90 or SM100.
+  std::variant<heuristics::GemmChoice, const heuristics::sm100::Config*> choice;
   heuristics::ScheduleParams schedule;
   int64_t partial_bytes = 0;  // of `partials`
   int64_t counters = 0;       // of `counters`

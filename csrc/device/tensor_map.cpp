@@ -38,10 +38,11 @@ CUtensorMap tensor_map(const ByteMatrix& matrix) {
   const cuuint64_t stride[] = {static_cast<cuuint64_t>(matrix.stride)};
   const cuuint32_t box[] = {kBoxColumns, static_cast<cuuint32_t>(matrix.box_rows)};
   const cuuint32_t step[] = {1, 1};
-  const CUresult code = encode_function()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix.data), size, stride, box,
-      step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult code =
+      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix.data),
+                        size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        matrix.swizzle ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (code != CUDA_SUCCESS) {
     throw std::runtime_error("spense: cuTensorMapEncodeTiled: error " + std::to_string(code) +
                              " for " + std::to_string(matrix.rows) + " x " +

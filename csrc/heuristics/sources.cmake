@@ -1,2 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-set(SPENSE_HEURISTICS_SOURCES heuristics/cost.cpp heuristics/gemm.cpp)
+set(SPENSE_HEURISTICS_SOURCES heuristics/cost.cpp heuristics/gemm.cpp
+                              heuristics/sm100.cpp)

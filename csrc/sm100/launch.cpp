@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a plan to one of the compiled kernels.
+#include "sm100/launch.h"
+
+#include <stdexcept>
+#include <string_view>
+
+#include "sm100/params.h"
+
+namespace spense::sm100 {
+
+#define INSTANCE(name, ...) void launch_##name(const Params& params, cuda::Stream stream);
+#include "heuristics/sm100_instances.def"
+#undef INSTANCE
+
+namespace {
+
+struct Instance {
+  std::string_view name;
+  void (*launch)(const Params& params, cuda::Stream stream);
+};
+constexpr Instance kInstances[] = {
+#define INSTANCE(name, ...) {#name, &launch_##name},
+#include "heuristics/sm100_instances.def"
+#undef INSTANCE
+};
+
+// L2 policies as bulk copies take them: weights that are read once need not stay.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000;
+
+}  // namespace
+
+cuda::ByteMatrix x_matrix(const heuristics::sm100::Config& config, const GemmArgs& args) {
+  return {args.x, args.m, args.k, args.x_stride, heuristics::sm100::box_tokens(config), true};
+}
+
+cuda::ByteMatrix w_matrix(const GemmArgs& args, int unit_bytes) {
+  constexpr int64_t kRow = format::kRowBytes;
+  return {args.w, args.w_bytes / kRow, kRow, kRow, unit_bytes / format::kRowBytes, false};
+}
+
+void launch(const heuristics::sm100::Config& config, const heuristics::ScheduleParams& schedule,
+            const GemmArgs& args, void* partials, uint32_t* counters, cuda::Stream stream) {
+  Params p = {};
+  p.x_map = cuda::tensor_map(x_matrix(config, args));
+  if (config.ctas > 1) {
+    p.sparse_map = cuda::tensor_map(w_matrix(args, format::kSparseUnitBytes));
+    p.dense_map = cuda::tensor_map(w_matrix(args, format::kDenseUnitBytes));
+  }
+  p.w = args.w;
+  p.tiles = reinterpret_cast<const int4*>(args.tiles);
+  p.x_scale = args.x_scale;
+  p.w_scale = args.w_scale;
+  p.bias = args.bias;
+  p.y = args.y;
+  p.partials = static_cast<float*>(partials);
+  p.counters = counters;
+  p.w_policy = schedule.token_tiles == 1 ? kEvictFirst : kEvictNormal;
+  p.x_scale_step = static_cast<int32_t>(args.x_scale_step);
+  p.m = static_cast<int32_t>(args.m);
+  p.n = static_cast<int32_t>(args.n);
+  p.out = args.out;
+  p.schedule = schedule;
+  for (const Instance& instance : kInstances) {
+    if (instance.name == config.name) return instance.launch(p, stream);
+  }
+  throw std::logic_error("spense: no kernel for config " + std::string(config.name));
+}
+
+}  // namespace spense::sm100
