@@ -66,7 +66,7 @@ __device__ __forceinline__ void load_weights(const Params& p, uint32_t smem, Job
   heuristics::Segment segment;
   WeightLoader<T> loader(p, smem, rank);
   while (schedule.next(segment)) loader.load(segment.group * T::kCtas, segment, jobs);
-  jobs.put(Job{-1});
+  jobs.put(Job{-1, 0, 0, 0, 0, 0, {0, 0}});
   loader.finish();
 }
 
