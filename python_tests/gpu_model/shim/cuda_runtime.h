@@ -29,8 +29,8 @@ namespace model {
 inline void note_store(const void* to, size_t bytes) {
   const auto* at = static_cast<const uint8_t*>(to);
   for (Region& r : machine().regions) {
-    if (!r.writable || at < r.base || at >= r.base + r.bytes) continue;
-    machine().global(to, bytes, true);
+    if (at < r.base || at >= r.base + r.bytes) continue;
+    machine().global(to, bytes, true);  // also refuses what is not writable
     for (size_t i = 0; i < bytes; ++i) {
       uint8_t& written = r.written[at - r.base + i];
       if (r.name == "y" && written) fail("y is written twice at byte %td", at - r.base);

@@ -113,11 +113,12 @@ struct Cluster {
   std::map<int, std::deque<TensorOp>> tensor;  // by issuing thread
 };
 
+// A copy, or the arrival of a commit: complete in any order.
 struct Copy {
-  Cta* to;
-  Cta* barrier_cta;
-  uint32_t barrier;
-  int64_t bytes;
+  Cta* to = nullptr;
+  Cta* barrier_cta = nullptr;
+  uint32_t barrier = 0, arrivals = 0;
+  int64_t bytes = 0;
   std::vector<Granule*> granules;
   std::function<void()> move;
 };
@@ -159,6 +160,7 @@ struct Machine {
   Granule& granule(Cta& cta, uint32_t offset);
   Barrier& barrier(Cta& cta, uint32_t offset);
   void arrive(Cta& cta, uint32_t offset, uint32_t count, int64_t expect, int64_t complete);
+  void add_arrival(Cta& cta, uint32_t offset);
   void add_copy(uint32_t to, const std::vector<std::pair<uint32_t, const uint8_t*>>& pieces,
                 uint32_t barrier);
 

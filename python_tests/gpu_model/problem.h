@@ -33,6 +33,7 @@ class Problem {
   std::string check(const std::vector<Region>& after) const;
 
  private:
+  static constexpr size_t kGuard = 1 << 16;  // bytes on either side of y that nobody may touch
   void make_weights(uint64_t seed);
   void make_expected();
 

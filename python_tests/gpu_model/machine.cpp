@@ -172,7 +172,7 @@ bool Machine::run_async() {
 void Machine::check_left(Cta& cta) {
   for (const Copy& copy : copies) {
     if (copy.to == &cta || copy.barrier_cta == &cta) {
-      fail("CTA %d has left and a copy to it is under way", cta.index);
+      fail("CTA %d has left and a copy or a commit to it is under way", cta.index);
     }
   }
   for (auto& [issuer, queue] : cta.cluster->tensor) {
@@ -255,16 +255,24 @@ void Machine::add_copy(uint32_t to, const std::vector<std::pair<uint32_t, const 
   copies.push_back(std::move(copy));
 }
 
+void Machine::add_arrival(Cta& cta, uint32_t offset) {
+  Copy arrival;
+  arrival.to = arrival.barrier_cta = &cta;
+  arrival.barrier = offset;
+  arrival.arrivals = 1;
+  copies.push_back(std::move(arrival));
+}
+
 void Machine::finish_copy(size_t which) {
   Copy copy = std::move(copies[which]);
   copies[which] = std::move(copies.back());
   copies.pop_back();
-  copy.move();
+  if (copy.move) copy.move();
   for (Granule* g : copy.granules) {
     --g->copies;
     g->filled = true;
   }
-  arrive(*copy.barrier_cta, copy.barrier, 0, 0, copy.bytes);
+  arrive(*copy.barrier_cta, copy.barrier, copy.arrivals, 0, copy.bytes);
 }
 
 // --- global memory and warps -------------------------------------------------------------------

@@ -263,7 +263,7 @@ void tensor_commit(int ctas, uint32_t barrier, bool multicast) {
   if (multicast && ctas == 2) to = cluster().ctas;
   for (Cta* cta : to) machine().barrier(*cta, offset);
   add_op([to, offset] {
-    for (Cta* cta : to) machine().arrive(*cta, offset, 1, 0, 0);
+    for (Cta* cta : to) machine().add_arrival(*cta, offset);
   });
 }
 

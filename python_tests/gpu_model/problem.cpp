@@ -144,13 +144,13 @@ spense::GemmArgs Problem::args() {
   a.x_scale_step = c_.one_scale ? 0 : 1;
   a.w_scale = w_scale_.data();
   a.bias = c_.bias ? bias_.data() : nullptr;
-  a.y = y_.data();
+  a.y = y_.data() + kGuard;
   a.out = c_.out;
   return a;
 }
 
 std::vector<Region> Problem::regions(int64_t partial_bytes, int64_t counters) {
-  y_.assign(expected_.size() + 1, 0xFF);
+  y_.assign(expected_.size() + 2 * kGuard, 0xFF);
   partials_.assign(partial_bytes, 0xFF);
   counters_.assign(counters + 1, 0);
   const spense::GemmArgs a = args();
@@ -168,6 +168,8 @@ std::vector<Region> Problem::regions(int64_t partial_bytes, int64_t counters) {
       region("w_scale", a.w_scale, w_scale_.size() * 4, false, false),
       region("bias", bias_.data(), bias_.size() * 4, false, false),
       region("y", a.y, expected_.size(), true, true),
+      region("memory before y", y_.data(), kGuard, true, false),
+      region("memory behind y", y_.data() + kGuard + expected_.size(), kGuard, true, false),
       region("partials", partials_.data(), partials_.size(), true, true),
       region("counters", counters_.data(), counters * 4, true, true),
   };
@@ -177,11 +179,15 @@ std::vector<Region> Problem::regions(int64_t partial_bytes, int64_t counters) {
 std::string Problem::check(const std::vector<Region>& after) const {
   const int64_t size = spense::bytes_of(c_.out);
   for (size_t i = 0; i < expected_.size(); ++i) {
-    if (y_[i] != expected_[i]) {
+    if (y_[kGuard + i] != expected_[i]) {
       const int64_t element = static_cast<int64_t>(i) / size;
       return "y differs at token " + std::to_string(element / c_.n) + ", row " +
              std::to_string(element % c_.n);
     }
+  }
+  for (size_t i = 0; i < y_.size(); ++i) {
+    const bool inside = i >= kGuard && i < kGuard + expected_.size();
+    if (!inside && y_[i] != 0xFF) return "memory beside y is written";
   }
   for (const Region& r : after) {
     // Stores of float32 are plain assignments, which are not counted.
@@ -208,11 +214,20 @@ std::vector<Case> cases(int tokens, int ctas) {
       {"sparse", t, 200, 1024, {0, 0}, 3 * ctas, OutType::kFloat32},
       // K ends inside a block, and the blocks are an odd number.
       {"odd K", 1, 130, 1360, {336, 80}, 2 * ctas},
+      // A cut right behind the edge of a tile, which moves to the edge.
+      {"snap", t, 256 * ctas, 1280, {}, 2 * ctas},
+      // More units than the rings hold, more jobs than theirs.
+      {"long", t, 256, 4608, {1152, 1152}, 2 * ctas},
+      {"jobs", 7 * t, 128 * ctas, 256, {}, ctas},
       // Whole tiles and a rest, several token tiles.
       {"tokens", 2 * t + 5, 384, 768, {192, 0, 400}, 2 * ctas},
       // More CTAs than work, one step of K.
       {"tiny", 3, 40, 96, {32}, 5 * ctas},
   };
+  for (Case& c : all) {
+    if (c.name == "snap") c.dense_width.assign(2 * ctas, 0), c.dense_width.back() = 16;
+    if (c.name == "jobs") c.dense_width.assign(ctas, 128);
+  }
   return all;
 }
 
