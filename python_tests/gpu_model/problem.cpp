@@ -214,8 +214,8 @@ std::vector<Case> cases(int tokens, int ctas) {
       {"sparse", t, 200, 1024, {0, 0}, 3 * ctas, OutType::kFloat32},
       // K ends inside a block, and the blocks are an odd number.
       {"odd K", 1, 130, 1360, {336, 80}, 2 * ctas},
-      // A cut right behind the edge of a tile, which moves to the edge.
-      {"snap", t, 256 * ctas, 1280, {}, 2 * ctas},
+      // A cut right behind the edge of a tile that is cut again; it moves to the edge.
+      {"snap", 3, 512 * ctas, 4096, {}, 15 * ctas},
       // More units than the rings hold, more jobs than theirs.
       {"long", t, 256, 4608, {1152, 1152}, 2 * ctas},
       {"jobs", 7 * t, 128 * ctas, 256, {}, ctas},
@@ -225,7 +225,7 @@ std::vector<Case> cases(int tokens, int ctas) {
       {"tiny", 3, 40, 96, {32}, 5 * ctas},
   };
   for (Case& c : all) {
-    if (c.name == "snap") c.dense_width.assign(2 * ctas, 0), c.dense_width.back() = 16;
+    if (c.name == "snap") c.dense_width.assign(4 * ctas, 0);
     if (c.name == "jobs") c.dense_width.assign(ctas, 128);
   }
   return all;
