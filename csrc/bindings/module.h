@@ -8,5 +8,6 @@ namespace spense::bindings {
 
 void add_cpu(pybind11::module_& m);
 void add_format(pybind11::module_& m);
+void add_sm100(pybind11::module_& m);
 
 }  // namespace spense::bindings

@@ -94,8 +94,8 @@ std::string config_names();
 // What a multiprocessor of a B200 does, for the choice and for docs/sm100.md; published figures.
 struct Machine {
   double clock_ghz = 1.85;
-  double dram_bytes_per_us = 7.7e6;
-  double l2_bytes_per_us = 18e6;
+  double dram_bytes_per_us = 8e6;
+  double l2_bytes_per_us = 12e6;  // an assumption: nobody publishes it
   double smem_bytes_per_clock = 128;
   double macs_per_clock = 8192;  // dense e4m3
 };

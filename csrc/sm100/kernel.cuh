@@ -115,6 +115,7 @@ __device__ __forceinline__ void finish_tiles(const Params& p, uint32_t smem, uin
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kResidency)
     hybrid_gemm(const __grid_constant__ Params p) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
   const uint32_t smem = ptx::dynamic_smem();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const WarpRole role = warp < 4    ? WarpRole::kEpilogue
@@ -169,6 +170,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kResidency)
   sync_cluster<T>();
   ptx::tmem_fence_after();
   if (role == WarpRole::kMma) ptx::tmem_free<T::kCtas>(tmem, T::kTmemColumns);
+#endif  // elsewhere it is empty, and plan_gemm has no plan
 }
 
 template <class T>

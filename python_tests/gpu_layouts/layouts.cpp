@@ -14,6 +14,7 @@ struct Count {
 };
 std::map<std::string, Count> g_counts;
 TensorMapCall g_last;
+bool g_disagree = false;
 alignas(1 << 18) uint8_t g_shared[1 << 18];
 
 }  // namespace
@@ -21,12 +22,15 @@ alignas(1 << 18) uint8_t g_shared[1 << 18];
 void expect(const char* what, uint64_t theirs, uint64_t ours) {
   Count& count = g_counts[what];
   ++count.compared;
+  if (g_disagree) ours = ~theirs;
   if (theirs == ours) return;
   if (++count.different <= 4) {
     std::printf("%s: CuTe %#llx, ours %#llx\n", what, static_cast<unsigned long long>(theirs),
                 static_cast<unsigned long long>(ours));
   }
 }
+
+void disagree() { g_disagree = true; }
 
 int report() {
   bool same = true;

@@ -10,6 +10,8 @@
 
 // CuTe's and ours compared; the first differences of each kind are printed.
 void expect(const char* what, uint64_t theirs, uint64_t ours);
+// From here on every comparison differs, so that a test can see it noticed.
+void disagree();
 // Prints how often each kind was compared; the exit code.
 int report();
 

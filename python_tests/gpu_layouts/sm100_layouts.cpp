@@ -272,7 +272,8 @@ void check(const char* name) {
 
 }  // namespace
 
-int main() {
+int main(int count, char** words) {
+  if (count > 1 && std::string(words[1]) == "--disagree") disagree();
 #define INSTANCE(name, ...) check<__VA_ARGS__>(#name);
 #include "heuristics/sm100_instances.def"
 #undef INSTANCE
