@@ -76,7 +76,11 @@ def test_every_byte_is_where_cute_puts_it(program):
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     counts = compared(done.stdout)
-    names = re.findall(r"^INSTANCE\((\w+),", (CSRC / "heuristics" / "sm100_instances.def").read_text(), re.MULTILINE)
+    names = re.findall(
+        r"^INSTANCE\((\w+),",
+        (CSRC / "heuristics" / "sm100_instances.def").read_text(),
+        re.MULTILINE,
+    )
     assert re.findall(r"^config (\w+)$", done.stdout, re.MULTILINE) == names
     for kind, least in KINDS.items():
         configs = sum("_g2_" in n for n in names) if "map of w" in kind else len(names)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The SM100 kernel's layouts, descriptors and tensor maps against CuTe's own, on the host, for every
-// byte of every kind of tile and for every config. Prints what was compared; exit code 1 where
-// anything differs.
+// The SM100 kernel's layouts, descriptors and tensor maps against CuTe's own, on the host, for
+// every byte of every kind of tile and for every config. Prints what was compared; exit code 1
+// where anything differs.
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -47,13 +47,16 @@ struct Types {
   using Tiled = decltype(make_tiled_mma(Op{}));
   using One = std::bool_constant<kCtas == 1>;
   static constexpr int kRows = 128 * kCtas;
-  using Sparse = std::conditional_t<
-      One::value, Tiled<SM100_MMA_F8F6F4_SS_SPARSE<E4m3, E4m3, float, 128, kCtas == 1 ? kTokens : 64, kMajor, kMajor>>,
-      Tiled<SM100_MMA_F8F6F4_2x1SM_SS_SPARSE<E4m3, E4m3, float, 256, kCtas == 1 ? 64 : kTokens, kMajor, kMajor>>>;
+  using Sparse =
+      std::conditional_t<One::value,
+                         Tiled<SM100_MMA_F8F6F4_SS_SPARSE<
+                             E4m3, E4m3, float, 128, kCtas == 1 ? kTokens : 64, kMajor, kMajor>>,
+                         Tiled<SM100_MMA_F8F6F4_2x1SM_SS_SPARSE<
+                             E4m3, E4m3, float, 256, kCtas == 1 ? 64 : kTokens, kMajor, kMajor>>>;
   template <class Op>
   using DenseTraits =
-      MMA_Traits<Op, E4m3, E4m3, float, C<kRows>, C<kTokens>, integral_constant<UMMA::Major, kMajor>,
-                 integral_constant<UMMA::Major, kMajor>,
+      MMA_Traits<Op, E4m3, E4m3, float, C<kRows>, C<kTokens>,
+                 integral_constant<UMMA::Major, kMajor>, integral_constant<UMMA::Major, kMajor>,
                  integral_constant<UMMA::ScaleIn, UMMA::ScaleIn::One>,
                  integral_constant<UMMA::ScaleIn, UMMA::ScaleIn::One>>;
   using Dense = Tiled<std::conditional_t<One::value, DenseTraits<SM100_MMA_F8F6F4_SS>,
@@ -73,17 +76,17 @@ void check_images() {
   using Values = typename T::Sparse::ValTypeA;
   using Metadata = typename T::Sparse::ValTypeE;
   using Rows = Int<T::kRows>;
-  auto sparse = UMMA::tile_to_mma_shape(UMMA::Layout_K_SW128_SpAtom<E4m3, 2>{},
-                                        partition_shape_A(typename T::Sparse{}, Shape<Rows, _256>{}),
-                                        Step<_1, _2>{});
+  auto sparse = UMMA::tile_to_mma_shape(
+      UMMA::Layout_K_SW128_SpAtom<E4m3, 2>{},
+      partition_shape_A(typename T::Sparse{}, Shape<Rows, _256>{}), Step<_1, _2>{});
   auto dense = UMMA::tile_to_mma_shape(UMMA::Layout_K_SW128_Atom<E4m3>{},
                                        partition_shape_A(typename T::Dense{}, Shape<Rows, _128>{}),
                                        Step<_1, _2>{});
   using Sparsity = cutlass::Sm1xxGemmSparseConfig<Values, cutlass::layout::RowMajor, Metadata>;
   using Atom = ComposedLayout<Swizzle<0, 4, 3>, smem_sparse_ptr_flag_bits<8, 8>,
                               typename Sparsity::TensorEAtom>;
-  auto metadata = UMMA::tile_to_mma_shape(
-      Atom{}, partition_shape_A(typename T::Sparse{}, Shape<Rows, _256>{}));
+  auto metadata =
+      UMMA::tile_to_mma_shape(Atom{}, partition_shape_A(typename T::Sparse{}, Shape<Rows, _256>{}));
   for (int m = 0; m < 128; ++m) {
     for (int k = 0; k < 256; ++k) {
       const auto at = make_coord(make_coord(m, k % 64), 0, k / 64);
@@ -98,9 +101,9 @@ void check_images() {
     }
   }
   // A slot of x is what a box of the tensor map writes: rows of 128 bytes, pieces of 16 exchanged.
-  auto x = UMMA::tile_to_mma_shape(UMMA::Layout_K_SW128_Atom<E4m3>{},
-                                   partition_shape_B(typename T::Dense{}, Shape<Int<kTokens>, _128>{}),
-                                   Step<_1, _2>{});
+  auto x = UMMA::tile_to_mma_shape(
+      UMMA::Layout_K_SW128_Atom<E4m3>{},
+      partition_shape_B(typename T::Dense{}, Shape<Int<kTokens>, _128>{}), Step<_1, _2>{});
   for (int n = 0; n < kTokens / kCtas; ++n) {
     for (int k = 0; k < 128; ++k) {
       const int box = n * 128 + ((k / 16) ^ (n % 8)) * 16 + k % 16;
@@ -122,12 +125,12 @@ void check_descriptors() {
   using Sparse = typename T::Sparse;
   using Dense = typename T::Dense;
   using Rows = Int<T::kRows>;
-  auto a_sparse = UMMA::tile_to_mma_shape(UMMA::Layout_K_SW128_SpAtom<E4m3, 2>{},
-                                          partition_shape_A(Sparse{}, Shape<Rows, _256>{}),
-                                          Step<_1, _2>{});
-  auto a_dense = UMMA::tile_to_mma_shape(UMMA::Layout_K_SW128_Atom<E4m3>{},
-                                         partition_shape_A(Dense{}, Shape<Rows, _128>{}),
-                                         Step<_1, _2>{});
+  auto a_sparse =
+      UMMA::tile_to_mma_shape(UMMA::Layout_K_SW128_SpAtom<E4m3, 2>{},
+                              partition_shape_A(Sparse{}, Shape<Rows, _256>{}), Step<_1, _2>{});
+  auto a_dense =
+      UMMA::tile_to_mma_shape(UMMA::Layout_K_SW128_Atom<E4m3>{},
+                              partition_shape_A(Dense{}, Shape<Rows, _128>{}), Step<_1, _2>{});
   auto x_sparse = UMMA::tile_to_mma_shape(UMMA::Layout_K_SW128_Atom<E4m3>{},
                                           partition_shape_B(Sparse{}, Shape<Int<kTokens>, _128>{}),
                                           Step<_1, _2>{});
@@ -139,12 +142,12 @@ void check_descriptors() {
     uint8_t *w_at = shared_memory() + w, *x_at = shared_memory() + x;
     auto fa_sparse = Sparse::make_fragment_A(
         make_tensor(make_smem_ptr(recast_ptr<typename Sparse::ValTypeA>(w_at)), a_sparse));
-    auto fa_dense = Dense::make_fragment_A(
-        make_tensor(make_smem_ptr(reinterpret_cast<E4m3*>(w_at)), a_dense));
+    auto fa_dense =
+        Dense::make_fragment_A(make_tensor(make_smem_ptr(reinterpret_cast<E4m3*>(w_at)), a_dense));
     auto fb_sparse = Sparse::make_fragment_B(
         make_tensor(make_smem_ptr(reinterpret_cast<E4m3*>(x_at)), x_sparse));
-    auto fb_dense = Dense::make_fragment_B(
-        make_tensor(make_smem_ptr(reinterpret_cast<E4m3*>(x_at)), x_dense));
+    auto fb_dense =
+        Dense::make_fragment_B(make_tensor(make_smem_ptr(reinterpret_cast<E4m3*>(x_at)), x_dense));
     for (int i = 0; i < sm100::kInstructions; ++i) {
       expect("descriptor of sparse values", descriptor(fa_sparse, i),
              sm100::operand(w) + sm100::w_step(i));
@@ -176,8 +179,8 @@ void check_tensor_memory() {
   using T = Types<kTokens, kCtas>;
   using Sparse = typename T::Sparse;
   using Metadata = typename Sparse::ValTypeE;
-  using Copy = std::conditional_t<kCtas == 1, SM100_UTCCP_128dp128bit_1cta,
-                                  SM100_UTCCP_128dp128bit_2cta>;
+  using Copy =
+      std::conditional_t<kCtas == 1, SM100_UTCCP_128dp128bit_1cta, SM100_UTCCP_128dp128bit_2cta>;
   auto shape = partition_shape_A(Sparse{}, Shape<Int<T::kRows>, _256>{});
   Tensor in_tmem = make_tensor<typename Sparse::FrgTypeE>(shape);
   in_tmem.data() = kTmem;
@@ -194,10 +197,10 @@ void check_tensor_memory() {
       expect("place of metadata", place / 8, (int64_t{m} << 18) + byte);
     }
   }
-  using Atom = ComposedLayout<Swizzle<0, 4, 3>, smem_sparse_ptr_flag_bits<8, 8>,
-                              typename cutlass::Sm1xxGemmSparseConfig<typename Sparse::ValTypeA,
-                                                                      cutlass::layout::RowMajor,
-                                                                      Metadata>::TensorEAtom>;
+  using Atom = ComposedLayout<
+      Swizzle<0, 4, 3>, smem_sparse_ptr_flag_bits<8, 8>,
+      typename cutlass::Sm1xxGemmSparseConfig<typename Sparse::ValTypeA, cutlass::layout::RowMajor,
+                                              Metadata>::TensorEAtom>;
   auto copy = make_utccp_copy(Copy{}, recast<uint8_t>(in_tmem));
   auto thread = copy.get_slice(0);
   Tensor to = thread.partition_D(recast<uint8_t>(in_tmem));
@@ -236,8 +239,8 @@ void check_tensor_maps(const Config& config) {
   spense::GemmArgs args;
   args.m = kM, args.k = kK, args.x = x, args.x_stride = kStride, args.w = w, args.w_bytes = kBytes;
 
-  auto x_slot = tile_to_shape(UMMA::Layout_K_SW128_Atom<E4m3>{},
-                              Shape<Int<kTokens / kCtas>, _128>{});
+  auto x_slot =
+      tile_to_shape(UMMA::Layout_K_SW128_Atom<E4m3>{}, Shape<Int<kTokens / kCtas>, _128>{});
   Tensor x_matrix = make_tensor(make_gmem_ptr(reinterpret_cast<E4m3*>(x)), make_shape(kM, kK),
                                 make_stride(kStride, _1{}));
   make_tma_atom(SM90_TMA_LOAD{}, x_matrix, x_slot, Shape<Int<kTokens / kCtas>, _128>{});
@@ -248,8 +251,8 @@ void check_tensor_maps(const Config& config) {
 
   const auto unit = [&]<int kUnit>(Int<kUnit>) {
     using Rows = Int<kUnit / 128>;
-    Tensor stream = make_tensor(make_gmem_ptr(w), make_shape(kBytes / 128, _128{}),
-                                make_stride(_128{}, _1{}));
+    Tensor stream =
+        make_tensor(make_gmem_ptr(w), make_shape(kBytes / 128, _128{}), make_stride(_128{}, _1{}));
     auto slot = make_layout(Shape<Rows, _128>{}, Stride<_128, _1>{});
     make_tma_atom(SM90_TMA_LOAD{}, stream, slot, Shape<Rows, _128>{});
     const TensorMapCall of_cute = last_tensor_map();

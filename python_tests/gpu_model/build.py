@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the model with the kernels' source into a program, with g++ alone.
 
-    python_tests/gpu_model/build.py OUT [sm100|sm90]      then: OUT --list; OUT --config NAME
+python_tests/gpu_model/build.py OUT [sm100|sm90]      then: OUT --list; OUT --config NAME
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CSRC = HERE.parents[1] / "csrc"
 MACHINE = ("machine", "operands", "tensor_core", "wgmma", "leaves", "run")
 PRODUCT = ("format/pack", "format/status", "heuristics/gemm", "heuristics/sm100")
 PRECOMPILED = "precompiled.h"
-FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++20", "-ffp-contract=off", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
 
 
 def why_not() -> str | None:
@@ -53,7 +53,7 @@ class Model:
         header = self.folder / PRECOMPILED
         shutil.copy(HERE / PRECOMPILED, header)
         out = f"{header}.gch"
-        run("g++", *FLAGS, *self.includes(), "-x", "c++-header", header, "-o", out)
+        run("g++", "-O1", *FLAGS, *self.includes(), "-x", "c++-header", header, "-o", out)
         return header
 
     def includes(self) -> list[object]:
@@ -62,7 +62,7 @@ class Model:
 
     def compile(self, source: Path, *defines: str) -> Path:
         out = self.folder / f"{source.parent.name}_{source.stem}.o"
-        first = ["-include", self.precompiled] if self.precompiled else []
+        first = ["-O1", "-include", self.precompiled] if self.precompiled else ["-O3"]
         run("g++", *FLAGS, *first, *self.includes(), *defines, "-c", source, "-o", out)
         return out
 

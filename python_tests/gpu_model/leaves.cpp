@@ -17,9 +17,10 @@ void sync_threads(int id, int count) {
   if (++b.count == all) {
     b.count = 0;
     ++b.generation;
-    machine().wake();
+    machine().wake(&b);
   } else {
-    machine().block("bar.sync " + std::to_string(id), [&b, mine] { return b.generation != mine; });
+    machine().block(&b, "bar.sync", static_cast<uint32_t>(id),
+                    [&b, mine] { return b.generation != mine; });
   }
   t.wants_fence_after = true;
 }
@@ -32,9 +33,14 @@ CUtensorMap_st tensor_map(const ByteMatrix& matrix) {
   if (reinterpret_cast<uintptr_t>(matrix.data) % 16 || matrix.stride % 16) {
     model::fail("a tensor map of a matrix that is not aligned");
   }
-  if (matrix.box_rows < 1 || matrix.box_rows > 256) model::fail("a box of %d rows", matrix.box_rows);
-  return {static_cast<const uint8_t*>(matrix.data), matrix.rows, matrix.columns, matrix.stride,
-          matrix.box_rows, matrix.swizzle};
+  if (matrix.box_rows < 1 || matrix.box_rows > 256)
+    model::fail("a box of %d rows", matrix.box_rows);
+  return {static_cast<const uint8_t*>(matrix.data),
+          matrix.rows,
+          matrix.columns,
+          matrix.stride,
+          matrix.box_rows,
+          matrix.swizzle};
 }
 
 }  // namespace spense::cuda
@@ -121,7 +127,7 @@ void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
 void barrier_wait(uint32_t barrier, uint32_t parity) {
   if (parity > 1) fail("parity %u", parity);
   model::Barrier& b = machine().barrier(*machine().self().cta, own(barrier));
-  machine().block("barrier " + std::to_string(own(barrier)) + " parity " + std::to_string(parity),
+  machine().block(&b, parity ? "parity 1 of barrier" : "parity 0 of barrier", own(barrier),
                   [&b, parity] { return (b.phase & 1) != parity; });
   machine().self().wants_fence_after = true;
 }
@@ -132,7 +138,7 @@ void cluster_arrive() {
   if (++c.arrived == c.threads) {
     c.arrived = 0;
     ++c.generation;
-    machine().wake();
+    machine().wake(&c);
   }
 }
 
@@ -141,7 +147,7 @@ void cluster_wait() {
   model::Thread& t = machine().self();
   model::Cluster& c = *t.cta->cluster;
   const uint64_t target = ++t.cluster_waits;
-  machine().block("the cluster", [&c, target] { return c.generation >= target; });
+  machine().block(&c, "the cluster", 0, [&c, target] { return c.generation >= target; });
   t.wants_fence_after = true;
 }
 

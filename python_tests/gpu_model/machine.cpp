@@ -48,25 +48,39 @@ void Machine::enter() {
       m.failure = failure.what;
     }
   }
-  m.wake();
-  swapcontext(&t.context, &m.home);
+  m.suspend();
 }
 
-void Machine::block(std::string waits_for, std::function<bool()> may_go_on) {
+// Switches without the system calls of swapcontext.
+void Machine::go_on(Thread& t) {
+  current = &t;
+  if (_setjmp(home)) return;
+  if (t.begun) _longjmp(t.place, 1);
+  t.begun = true;
+  setcontext(&t.context);
+}
+
+void Machine::suspend() {
+  if (!_setjmp(self().place)) _longjmp(home, 1);
+}
+
+void Machine::block(const void* object, const char* waits_for, uint32_t number,
+                    std::function<bool()> may_go_on) {
   if (may_go_on()) return;
   Thread& t = self();
-  t.waits_for = std::move(waits_for);
-  t.blocked = std::move(may_go_on);
-  swapcontext(&t.context, &home);
+  t.waits_for = waits_for;
+  t.waits_number = number;
+  t.may_go_on = std::move(may_go_on);
+  waiting[object].push_back(&t);
+  suspend();
 }
 
-void Machine::wake() {
-  for (auto& t : threads) {
-    if (!t->done && t->blocked && t->blocked()) {
-      t->blocked = nullptr;
-      ready.push_back(t.get());
-    }
-  }
+void Machine::wake(const void* object) {
+  const auto found = waiting.find(object);
+  if (found == waiting.end()) return;
+  std::vector<Thread*> still;
+  for (Thread* t : found->second) (t->may_go_on() ? ready : still).push_back(t);
+  found->second = std::move(still);
 }
 
 void Machine::add_thread(Cta& cta, int index) {
@@ -77,7 +91,7 @@ void Machine::add_thread(Cta& cta, int index) {
   getcontext(&t->context);
   t->context.uc_stack.ss_sp = t->stack.get();
   t->context.uc_stack.ss_size = kStackBytes;
-  t->context.uc_link = &home;
+  t->context.uc_link = nullptr;
   makecontext(&t->context, &Machine::enter, 0);
   ready.push_back(t.get());
   threads.push_back(std::move(t));
@@ -86,7 +100,7 @@ void Machine::add_thread(Cta& cta, int index) {
 void Machine::run(const Launch& launch, std::function<void()> what) {
   body = std::move(what);
   failure.clear();
-  ctas.clear(), clusters.clear(), threads.clear(), ready.clear(), copies.clear();
+  ctas.clear(), clusters.clear(), threads.clear(), ready.clear(), waiting.clear(), copies.clear();
   for (int i = 0; i < launch.grid; ++i) {
     if (i % launch.cluster == 0) {
       clusters.push_back(std::make_unique<Cluster>());
@@ -120,10 +134,7 @@ void Machine::step() {
   current = nullptr;
   const bool async_first = pace == Pace::kEarly || (pace == Pace::kRandom && random() % 4 == 0);
   try {
-    if ((async_first || ready.empty()) && run_async()) {
-      wake();
-      return;
-    }
+    if ((async_first || ready.empty()) && run_async()) return;
   } catch (const Failure& f) {
     failure = f.what;
     return;
@@ -133,7 +144,7 @@ void Machine::step() {
     for (auto& t : threads) {
       if (!t->done) {
         ++waiting["CTA " + std::to_string(t->cta->index) + " warp " + std::to_string(t->warp()) +
-                  ": " + t->waits_for];
+                  ": " + t->waits_for + " " + std::to_string(t->waits_number)];
       }
     }
     failure = "deadlock:";
@@ -144,8 +155,7 @@ void Machine::step() {
   Thread* t = ready[which];
   ready[which] = ready.back();
   ready.pop_back();
-  current = t;
-  swapcontext(&home, &t->context);
+  go_on(*t);
 }
 
 bool Machine::run_async() {
@@ -221,7 +231,7 @@ void Machine::arrive(Cta& cta, uint32_t offset, uint32_t count, int64_t expect, 
   if (b.pending == 0 && b.bytes == 0) {
     ++b.phase;
     b.pending = b.expected;
-    wake();
+    wake(&b);
   }
 }
 
@@ -301,10 +311,9 @@ std::array<uint64_t, 32> Machine::meet(const char* what, uint64_t value) {
     m.count = 0;
     ++m.generation;
     m.out = m.in;
-    wake();
+    wake(&m);
   } else {
-    block(std::string("the warp's other lanes in ") + what,
-          [&m, mine] { return m.generation != mine; });
+    block(&m, what, 0, [&m, mine] { return m.generation != mine; });
   }
   return m.out;
 }

@@ -6,6 +6,7 @@
 // is included here.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <array>
@@ -16,6 +17,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace model {
@@ -60,11 +62,14 @@ struct Cluster;
 struct Thread {
   Cta* cta = nullptr;
   int index = 0;
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  jmp_buf place;       // where it was suspended
+  bool begun = false;
   std::unique_ptr<char[]> stack;
   bool done = false;
-  std::function<bool()> blocked;  // true once it may go on; empty when it runs
-  std::string waits_for;
+  std::function<bool()> may_go_on;  // while it waits
+  const char* waits_for = "";       // and for what
+  uint32_t waits_number = 0;
   bool after_grid_wait = false;
   uint64_t cluster_waits = 0;
   std::shared_ptr<struct WgmmaState> wgmma;
@@ -138,9 +143,10 @@ struct Machine {
   std::vector<std::unique_ptr<Cluster>> clusters;
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Thread*> ready;
+  std::unordered_map<const void*, std::vector<Thread*>> waiting;  // by object
   std::vector<Copy> copies;
   Thread* current = nullptr;
-  ucontext_t home;
+  jmp_buf home;
   std::string failure;
   std::function<void()> body;
 
@@ -148,10 +154,10 @@ struct Machine {
   void run(const Launch& launch, std::function<void()> body);
 
   Thread& self() { return *current; }
-  // Suspends the running thread until `may_go_on`.
-  void block(std::string waits_for, std::function<bool()> may_go_on);
-  // Looks again at who may go on. Called after anything that could unblock.
-  void wake();
+  // Suspends the running thread until `may_go_on`, which is asked when `object` changes.
+  void block(const void* object, const char* waits_for, uint32_t number,
+             std::function<bool()> may_go_on);
+  void wake(const void* object);
 
   // Shared memory of the cluster: address = rank << 24 | offset.
   Cta& owner(uint32_t address);
@@ -172,6 +178,8 @@ struct Machine {
 
  private:
   void add_thread(Cta& cta, int index);
+  void go_on(Thread& t);
+  void suspend();
   void step();
   bool run_async();
   void finish_copy(size_t which);

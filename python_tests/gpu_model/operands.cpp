@@ -63,14 +63,21 @@ void decode_chunk(const uint8_t* row, int chunk, uint8_t* to) {
   if (to[0] >= to[1]) fail("metadata %#x is no ascending pair", nibble);
 }
 
+void read_columns(Cta& cta, const Operand& operand, int rows, int bytes, float* to, int step) {
+  const auto values = read_operand(cta, operand, rows, bytes);
+  for (int row = 0; row < rows; ++row) {
+    for (int byte = 0; byte < bytes; ++byte) to[byte * step + row] = values[row * bytes + byte];
+  }
+}
+
 // Products of small integers: every sum is exact, so that the order does not matter.
 void multiply(float* sums, const float* values, const uint8_t* indices, int kept,
-              const std::vector<float>& x, int tokens, int x_bytes) {
+              const std::vector<float>& x, int tokens) {
   for (int j = 0; j < kept; ++j) {
     const float w = values[j];
     if (w == 0) continue;
-    const int k = indices ? j / 2 * 4 + indices[j] : j;
-    for (int n = 0; n < tokens; ++n) sums[n] += w * x[n * x_bytes + k];
+    const float* column = &x[(indices ? j / 2 * 4 + indices[j] : j) * tokens];
+    for (int n = 0; n < tokens; ++n) sums[n] += w * column[n];
   }
 }
 

@@ -157,8 +157,8 @@ std::vector<Region> Problem::regions(int64_t partial_bytes, int64_t counters) {
   const auto region = [](const char* name, const void* base, size_t bytes, bool dependent,
                          bool writable) {
     auto* at = const_cast<uint8_t*>(static_cast<const uint8_t*>(base));
-    return Region{name, at, bytes, dependent, writable,
-                  std::vector<uint8_t>(writable ? bytes : 0, 0)};
+    return Region{name,      at,       bytes,
+                  dependent, writable, std::vector<uint8_t>(writable ? bytes : 0, 0)};
   };
   std::vector<Region> all = {
       region("x", a.x, c_.m * stride_, true, false),

@@ -22,9 +22,9 @@ void launch_if(const Params& params, cuda::Stream stream) {
 
 }  // namespace
 
-#define INSTANCE(name, ...)                                           \
-  void launch_##name(const Params& params, cuda::Stream stream) {     \
-    launch_if<compiled(#name), Traits<__VA_ARGS__>>(params, stream);  \
+#define INSTANCE(name, ...)                                          \
+  void launch_##name(const Params& params, cuda::Stream stream) {    \
+    launch_if<compiled(#name), Traits<__VA_ARGS__>>(params, stream); \
   }
 #include "heuristics/sm100_instances.def"
 #undef INSTANCE
@@ -44,9 +44,9 @@ int main(int count, char** words) {
                          desc.packed_bytes = args.w_bytes;
                          desc.multiprocessors = multiprocessors;
                          const auto schedule = heuristics::sm100::schedule(desc, config);
-                         model::machine().regions = problem.regions(
-                             heuristics::sm100::partial_bytes(config, schedule),
-                             heuristics::sm100::counter_count(config, schedule));
+                         model::machine().regions =
+                             problem.regions(heuristics::sm100::partial_bytes(config, schedule),
+                                             heuristics::sm100::counter_count(config, schedule));
                          sm100::launch(config, schedule, problem.args(), problem.partials(),
                                        problem.counters(), nullptr);
                        }});

@@ -42,7 +42,9 @@ void add_op(std::function<void()> run, std::vector<Granule*> reads = {}) {
       {std::move(run), std::move(reads)});
 }
 
-uint64_t bits(uint64_t of, int from, int count) { return of >> from & ((uint64_t{1} << count) - 1); }
+uint64_t bits(uint64_t of, int from, int count) {
+  return of >> from & ((uint64_t{1} << count) - 1);
+}
 
 Operand decode_operand(uint64_t descriptor) {
   Operand o;
@@ -219,10 +221,10 @@ void mma(int ctas, bool sparse, uint32_t sums, uint64_t a, uint64_t b, uint32_t 
   const std::array<uint32_t, 2> masks = {off[0], off[1]};
   add_op(
       [=] {
-        std::vector<float> operand_x;
+        std::vector<float> operand_x(columns * shape.tokens);
         for (Cta* cta : all) {
-          const auto part = read_operand(*cta, x, x_rows, columns);
-          operand_x.insert(operand_x.end(), part.begin(), part.end());
+          float* to = operand_x.data() + cta->rank * x_rows;
+          read_columns(*cta, x, x_rows, columns, to, shape.tokens);
         }
         for (Cta* cta : all) {
           TensorMemory& tmem = memory_of(*cta);
@@ -239,7 +241,7 @@ void mma(int ctas, bool sparse, uint32_t sums, uint64_t a, uint64_t b, uint32_t 
             float* to = tmem.row(row, static_cast<int>(sums));
             if (!accumulate) std::fill_n(to, shape.tokens, 0.0f);
             multiply(to, values.data() + row * 32, sparse ? places : nullptr, 32, operand_x,
-                     shape.tokens, columns);
+                     shape.tokens);
           }
           for (int n = 0; adds && n < shape.tokens; ++n) {
             Column& state = tmem.columns[sums + n];

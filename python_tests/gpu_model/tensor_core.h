@@ -12,9 +12,9 @@ inline constexpr int kLanes = 128, kColumns = 512;
 
 // What is under way in a column of one CTA's tensor memory.
 struct Column {
-  int writers = 0;            // tensor instructions under way that write it
-  int metadata_readers = 0;   // sparse instructions under way that read it
-  bool sparse_kind = false;   // of those writers
+  int writers = 0;           // tensor instructions under way that write it
+  int metadata_readers = 0;  // sparse instructions under way that read it
+  bool sparse_kind = false;  // of those writers
   bool allocated = false;
   bool written = false;
   uint32_t unread = 0;  // quarters of the lanes that were not read since the last sums
@@ -52,9 +52,12 @@ float e4m3(uint8_t bits);
 // Bytes of rows x bytes of an operand as floats, and the granules that they lie in.
 std::vector<float> read_operand(Cta& cta, const Operand& operand, int rows, int bytes);
 void note_reads(Cta& cta, const Operand& operand, int rows, int bytes, std::vector<Granule*>& to);
-// sums[row][n] += values of the row x columns of x; indices of kept values where it is sparse.
+// The same column by column, `step` floats apart.
+void read_columns(Cta& cta, const Operand& operand, int rows, int bytes, float* to, int step);
+// sums[n] += kept values of a row x columns of x, [columns][tokens]; with their places in chunks of
+// four where the row is sparse.
 void multiply(float* sums, const float* values, const uint8_t* indices, int kept,
-              const std::vector<float>& x, int tokens, int x_bytes);
+              const std::vector<float>& x, int tokens);
 // Places of the two kept values of chunk `chunk`, from a row's metadata bytes.
 void decode_chunk(const uint8_t* row, int chunk, uint8_t* to);
 

@@ -53,7 +53,8 @@ void execute(Cta& cta, int warp, const std::vector<const WgmmaOp*>& ops) {
   }
   const int tokens = static_cast<int>(op.sums.size()) * 2, columns = op.sparse ? 64 : 32;
   const auto values = read_operand(cta, rows_of_warp(decode(op.a), warp), 16, 32);
-  const auto x = read_operand(cta, decode(op.b), tokens, columns);
+  std::vector<float> x(columns * tokens);
+  read_columns(cta, decode(op.b), tokens, columns, x.data(), tokens);
   for (int row = 0; row < 16; ++row) {
     uint8_t places[32];
     if (op.sparse) {
@@ -66,8 +67,7 @@ void execute(Cta& cta, int warp, const std::vector<const WgmmaOp*>& ops) {
       for (int i = 0; i < 16; ++i) decode_chunk(bytes, i, places + 2 * i);
     }
     std::vector<float> sums(tokens, 0.0f);
-    multiply(sums.data(), values.data() + row * 32, op.sparse ? places : nullptr, 32, x, tokens,
-             columns);
+    multiply(sums.data(), values.data() + row * 32, op.sparse ? places : nullptr, 32, x, tokens);
     for (int n = 0; n < tokens; ++n) {
       const int lane = row % 8 * 4 + n % 8 / 2;
       float& to = *ops[lane]->sums[n / 8 * 4 + row / 8 * 2 + n % 2];
@@ -106,7 +106,8 @@ void wgmma_wait(int pending) {
         std::vector<const WgmmaOp*> ops;
         for (uint64_t other : all) {
           const auto& groups = reinterpret_cast<WgmmaState*>(other)->groups;
-          if (groups.empty() || groups.front().size() != count) fail("lanes differ in wgmma groups");
+          if (groups.empty() || groups.front().size() != count)
+            fail("lanes differ in wgmma groups");
           ops.push_back(&groups.front()[i]);
         }
         execute(*t.cta, t.warp(), ops);

@@ -37,12 +37,12 @@ struct SparseAtom {
   }
 };
 
-#define MODEL_ATOMS(N)                                        \
-  template <class...>                                         \
-  using MMA_64x##N##x32_F32E4M3E4M3_SS_TN = DenseAtom<N>;     \
-  namespace SPARSE {                                          \
-  template <class...>                                         \
-  using GMMA_64x##N##x64_F32E4M3E4M3_SS_TN = SparseAtom<N>;   \
+#define MODEL_ATOMS(N)                                      \
+  template <class...>                                       \
+  using MMA_64x##N##x32_F32E4M3E4M3_SS_TN = DenseAtom<N>;   \
+  namespace SPARSE {                                        \
+  template <class...>                                       \
+  using GMMA_64x##N##x64_F32E4M3E4M3_SS_TN = SparseAtom<N>; \
   }
 MODEL_ATOMS(8)
 MODEL_ATOMS(16)

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the SM90 kernels: their own source, launched by their own launch(), on model::machine().
+// These kernels have run on the hardware with the same bits, which is what speaks for the model.
+#include "run.h"
+#include "sm90/kernel.cuh"
+#include "sm90/launch.cpp"
+
+#ifndef MODEL_CONFIGS
+#define MODEL_CONFIGS ""  // names of the configs to compile; all when empty
+#endif
+
+namespace spense::sm90 {
+namespace {
+
+constexpr bool compiled(std::string_view name) {
+  constexpr std::string_view wanted = MODEL_CONFIGS;
+  return wanted.empty() || wanted.find(name) != wanted.npos;
+}
+template <bool kCompiled, class T>
+void launch_if(const Params& params, cuda::Stream stream) {
+  if constexpr (kCompiled) launch_instance<T>(params, stream);
+}
+
+}  // namespace
+
+#define INSTANCE(name, ...)                                          \
+  void launch_##name(const Params& params, cuda::Stream stream) {    \
+    launch_if<compiled(#name), Traits<__VA_ARGS__>>(params, stream); \
+  }
+#include "heuristics/sm90_instances.def"
+#undef INSTANCE
+
+}  // namespace spense::sm90
+
+int main(int count, char** words) {
+  using namespace spense;
+  std::vector<model::Kernel> kernels;
+  for (const auto& config : heuristics::configs()) {
+    if (!sm90::compiled(config.name)) continue;
+    kernels.push_back({config.name, config.tokens, heuristics::group_tiles(config),
+                       [&config](model::Problem& problem, int multiprocessors) {
+                         heuristics::GemmDesc desc;
+                         const GemmArgs args = problem.args();
+                         desc.m = args.m, desc.n = args.n, desc.k = args.k;
+                         desc.packed_bytes = args.w_bytes;
+                         desc.multiprocessors = multiprocessors;
+                         const auto schedule = heuristics::schedule(desc, config);
+                         model::machine().regions =
+                             problem.regions(heuristics::partial_bytes(config, schedule),
+                                             heuristics::counter_count(config, schedule));
+                         sm90::launch(config, schedule, problem.args(), problem.partials(),
+                                      problem.counters(), nullptr);
+                       }});
+  }
+  return model::run_all(kernels, count, words);
+}
