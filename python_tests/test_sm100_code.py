@@ -8,7 +8,6 @@ import re
 import subprocess
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import cuda_tools
 import pytest
@@ -120,14 +119,14 @@ def test_sparsity_bit_of_the_instruction_descriptors(ptx, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sass(sass, name):
-    tokens, ctas, *_ = numbers(name)
+    _, ctas, *_ = numbers(name)
     text, count = sass[name], opcodes(sass[name])
     assert count["UTCQMMA"] == 2 * INSTRUCTIONS
     assert count["UTCCP"] == 2
     assert count["UTCBAR"] == 7
     assert count["LDTM"] == EPILOGUE_LOOPS
     assert count["LDL"] == count["STL"] == 0, "local memory: a spill or an indexed array"
-    # Units: bulk copies, or boxes of two tensor maps; x: two blocks of a sparse unit, one of a dense.
+    # Units: bulk copies, or boxes of two tensor maps; x: two blocks of a sparse unit, one else.
     assert count["UBLKCP"] == (2 if ctas == 1 else 0)
     assert count["UTMALDG"] == (3 if ctas == 1 else 5)
     assert ("UTCQMMA.2CTA" in text) == (ctas == 2)
