@@ -218,7 +218,7 @@ std::vector<Case> cases(int tokens, int ctas) {
       {"snap", 3, 512 * ctas, 4096, {}, 15 * ctas},
       // More units than the rings hold, more jobs than theirs.
       {"long", t, 256, 4608, {1152, 1152}, 2 * ctas},
-      {"jobs", 7 * t, 128 * ctas, 256, {}, ctas},
+      {"jobs", 30 * t, 128 * ctas, 256, {}, ctas},
       // Whole tiles and a rest, several token tiles.
       {"tokens", 2 * t + 5, 384, 768, {192, 0, 400}, 2 * ctas},
       // More CTAs than work, one step of K.
