@@ -32,8 +32,8 @@ class Step(NamedTuple):
 def steps(out: Path, archs: str) -> list[Step]:
     python = sys.executable
     build = [python, "setup.py", "build_ext", "--inplace"]
-    tests = [python, "-m", "pytest", "python_tests"]
-    exact = [*tests, "-m", "gpu", "-k", "exact or every_config"]
+    tests = [python, "-m", "pytest"]
+    exact = [*tests, "python_tests/test_gpu_exact.py"]
     sweep = [python, "bench/gemm_sweep.py"]
     here = {"SPENSE_CUDA_ARCHS": archs, "SPENSE_REQUIRE_CUDA": "1"}
     without = here | {"SPENSE_SM100_DRAIN": "0"}
@@ -42,6 +42,7 @@ def steps(out: Path, archs: str) -> list[Step]:
         Step("build", build, here),
         Step("env", [python, "-m", "spense_kernels.cli", "env"], {}),
         Step("tests", tests, here),
+        Step("sanitize", [python, "bench/sanitize.py"], {}),
         Step("sweep", [*sweep, "--json", str(out / "sweep.json")], {}),
         Step("configs", [*sweep, "--configs", "all", "--json", str(out / "configs.json")], {}),
         Step("build_without_drain", build, without),
