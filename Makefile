@@ -13,7 +13,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -q $(PIP_ARGS)
 SOURCES := setup.py pyproject.toml $(shell find cmake csrc -type f)
-CXX_FILES := git ls-files -z '*.h' '*.hpp' '*.cpp' '*.cu' '*.cuh' 'bench/*.cu' 'python_tests/*.cpp'
+CXX_FILES := git ls-files -z '*.h' '*.hpp' '*.cpp' '*.cu' '*.cuh'
 
 .PHONY: demo test bench-cpu lint format clean FORCE
 .DELETE_ON_ERROR:

@@ -45,7 +45,7 @@ KINDS = {
     "place of a sum": 128 * 16,
     "tensor map of x, box": 5,
     "tensor map of x, swizzle": 1,
-    "tensor map of w, box": 5,
+    "tensor map of w, box": 5,  # of pairs of CTAs
     "tensor map of w, swizzle": 1,
 }
 

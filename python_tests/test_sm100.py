@@ -39,7 +39,7 @@ def test_budgets(config):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_names_say_what_the_config_is(config):
     name = "t{rows}x{tokens}_g{ctas}_s{w_stages}x{x_stages}_o{residency}".format(
-        rows=128 * config["ctas"], **config
+        rows=128 * config["ctas"] * config["pairs"], **config
     )
     assert name == config["name"]
 
@@ -74,7 +74,7 @@ def test_estimates_by_hand():
 def test_sparse_units_halve_the_tensor_time():
     dense = packed_bytes(N, K, 0)
     sparse = packed_bytes(N, K, K // 256)
-    name = "t256x256_g2_s5x7_o1"
+    name = "t512x192_g2_s5x9_o1"
     times = [SM100.estimate(name, 4096, N, K, size)["tensor_us"] for size in (dense, sparse)]
     assert times[0] == pytest.approx(2 * times[1])
 

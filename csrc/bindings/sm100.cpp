@@ -16,8 +16,9 @@ using namespace heuristics;
 py::dict facts(const sm100::Config& c) {
   return py::dict(
       py::arg("name") = c.name, py::arg("tokens") = c.tokens, py::arg("ctas") = c.ctas,
-      py::arg("w_stages") = c.w_stages, py::arg("x_stages") = c.x_stages,
-      py::arg("residency") = c.residency, py::arg("accumulators") = sm100::accumulators(c),
+      py::arg("pairs") = c.pairs, py::arg("w_stages") = c.w_stages,
+      py::arg("x_stages") = c.x_stages, py::arg("residency") = c.residency,
+      py::arg("accumulators") = sm100::accumulators(c),
       py::arg("smem_bytes") = sm100::smem_bytes(c), py::arg("smem_limit") = sm100::smem_limit(c),
       py::arg("tmem_used") = sm100::tmem_used(c), py::arg("tmem_columns") = sm100::tmem_columns(c),
       py::arg("threads") = sm100::kThreads);
@@ -49,7 +50,8 @@ void add_sm100(py::module_& parent) {
                                py::arg("dram_bytes_per_us") = machine.dram_bytes_per_us,
                                py::arg("l2_bytes_per_us") = machine.l2_bytes_per_us,
                                py::arg("smem_bytes_per_clock") = machine.smem_bytes_per_clock,
-                               py::arg("macs_per_clock") = machine.macs_per_clock);
+                               py::arg("macs_per_clock") = machine.macs_per_clock,
+                               py::arg("clocks_per_store") = machine.clocks_per_store);
   m.def("configs", [] {
     py::list all;
     for (const sm100::Config& c : sm100::configs()) all.append(facts(c));
@@ -72,7 +74,8 @@ void add_sm100(py::module_& parent) {
         const ScheduleParams s = sm100::schedule(desc, c);
         return py::dict(py::arg("tensor_us") = e.tensor_us, py::arg("smem_us") = e.smem_us,
                         py::arg("dram_us") = e.dram_us, py::arg("l2_us") = e.l2_us,
-                        py::arg("total_us") = e.total_us(), py::arg("ctas") = s.clusters * c.ctas,
+                        py::arg("total_us") = e.total_us(),
+                        py::arg("ctas") = s.clusters * sm100::cluster_ctas(c),
                         py::arg("partial_bytes") = sm100::partial_bytes(c, s));
       },
       py::arg("config"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("packed_bytes"),

@@ -153,20 +153,19 @@ __device__ __forceinline__ void mma_sparse(uint32_t sums, uint64_t w, uint64_t x
   }
 }
 
-// Arrives at the barrier, with kCtas 2 in both CTAs, when all that this thread has issued before
-// is complete.
+// Arrives at the barrier, with kCtas 2 in all CTAs of `mask`, when all that this thread has issued
+// before is complete.
 template <int kCtas>
-__device__ __forceinline__ void tensor_commit(uint32_t barrier) {
+__device__ __forceinline__ void tensor_commit(uint32_t barrier, uint16_t mask) {
   if constexpr (kCtas == 1) {
     asm volatile(
         "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];" ::"r"(barrier)
         : "memory");
   } else {
-    constexpr uint16_t kBoth = 3;
     asm volatile(
         "tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64"
         " [%0], %1;" ::"r"(barrier),
-        "h"(kBoth)
+        "h"(mask)
         : "memory");
   }
 }
@@ -175,7 +174,7 @@ __device__ __forceinline__ void tensor_commit(uint32_t barrier) {
 template <int kCtas>
 __device__ __forceinline__ void tensor_commit_here(uint32_t barrier) {
   if constexpr (kCtas == 1) {
-    tensor_commit<1>(barrier);
+    tensor_commit<1>(barrier, 1);
   } else {
     asm volatile(
         "tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.b64 [%0];" ::"r"(barrier)
@@ -199,6 +198,18 @@ __device__ __forceinline__ void tensor_copy_2d_pair(uint32_t smem, const void* m
       "cp.async.bulk.tensor.2d.cta_group::2.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(smem),
       "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// The same to the same place of every CTA in `mask`, its bytes counted for each at the barrier with
+// the same offset in its pair, in the CTA of the barrier's parity.
+__device__ __forceinline__ void tensor_copy_2d_pair_multicast(uint32_t smem, const void* map,
+                                                              int column, int row, uint32_t barrier,
+                                                              uint16_t mask, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.cta_group::2.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(smem),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(mask), "l"(policy)
       : "memory");
 }
 

@@ -48,12 +48,17 @@ Estimate estimate(const GemmDesc& desc, const Config& config, const Machine& mac
   const double sparse = static_cast<double>(desc.sparse_units()),
                dense = static_cast<double>(desc.row_tiles() * desc.k_blocks()) - 2 * sparse;
   const double instruction_macs = 128.0 * config.tokens * 32;
-  const double clocks = (sparse + dense) * 4 * instruction_macs / machine.macs_per_clock;
+  double clocks = (sparse + dense) * 4 * instruction_macs / machine.macs_per_clock;
+  if (accumulators(config) == 1) {  // nothing is multiplied while a tile is stored
+    clocks += static_cast<double>(desc.row_tiles()) * config.tokens * kEpilogueWarps *
+              machine.clocks_per_store;
+  }
   const double x_block = x_stage_bytes(config);
   const double smem = sparse * (format::kSparseUnitBytes + 2 * x_block) +
                       dense * (format::kDenseUnitBytes + x_block);
   // Every unit comes with its blocks of x, from L2. Weights come from memory once a band.
-  const double l2 = static_cast<double>(desc.packed_bytes) + (2 * sparse + dense) * x_block;
+  const double l2 =
+      static_cast<double>(desc.packed_bytes) + (2 * sparse + dense) * x_block / config.pairs;
   const double per_us = desc.multiprocessors * machine.clock_ghz * 1e3;
   Estimate e;
   e.tensor_us = token_tiles * clocks / per_us;
@@ -81,14 +86,14 @@ ScheduleParams schedule(const GemmDesc& desc, const Config& config) {
   p.k_blocks = static_cast<int32_t>(desc.k_blocks());
   p.stream_blocks = static_cast<int32_t>(desc.stream_blocks());
   p.band = std::min(p.token_tiles, kBand);
-  p.clusters = std::max(1, desc.multiprocessors / config.ctas);
+  p.clusters = std::max(1, desc.multiprocessors / cluster_ctas(config));
 
   // The cheapest a tile can be, all of it sparse.
   const int32_t steps = steps_of(p.k_blocks),
                 least = blocks_of_steps(steps, p.k_blocks / 2, p.k_blocks);
-  p.snap = std::min(kSparseBlocks * config.ctas, least / 4);
+  p.snap = std::min(kSparseBlocks * cluster_ctas(config), least / 4);
   const int32_t tiles =
-      static_cast<int32_t>(format::ceil_div(p.row_tiles, config.ctas)) * p.token_tiles;
+      static_cast<int32_t>(format::ceil_div(p.row_tiles, cluster_ctas(config))) * p.token_tiles;
   if (config.tokens > 64) {  // bound by the tensor cores: whole tiles, and stream-K for the rest
     p.whole = tiles % p.clusters == 0 ? tiles : std::max(0, tiles / p.clusters - 1) * p.clusters;
   }
@@ -96,7 +101,7 @@ ScheduleParams schedule(const GemmDesc& desc, const Config& config) {
     // Every piece holds at least one step, also after both its cuts moved.
     const int64_t stream = p.whole == 0 ? int64_t{p.stream_blocks} * p.token_tiles
                                         : int64_t{least} * (tiles - p.whole);
-    const int64_t shortest = int64_t{kMaxStepBlocks} * config.ctas + 2 * p.snap;
+    const int64_t shortest = int64_t{kMaxStepBlocks} * cluster_ctas(config) + 2 * p.snap;
     p.clusters = static_cast<int32_t>(std::clamp<int64_t>(stream / shortest, 1, p.clusters));
   }
   return p;
@@ -104,12 +109,12 @@ ScheduleParams schedule(const GemmDesc& desc, const Config& config) {
 
 int64_t partial_bytes(const Config& config, const ScheduleParams& schedule) {
   constexpr int64_t kSlots = 2;  // of a cluster: partial_slot()
-  return kSlots * schedule.clusters * config.ctas * format::kTileRows * config.tokens *
+  return kSlots * schedule.clusters * cluster_ctas(config) * format::kTileRows * config.tokens *
          static_cast<int64_t>(sizeof(float));
 }
 
 int64_t counter_count(const Config& config, const ScheduleParams& schedule) {
-  return int64_t{schedule.clusters} * config.ctas * kEpilogueWarps;
+  return int64_t{schedule.clusters} * cluster_ctas(config) * kEpilogueWarps;
 }
 
 }  // namespace spense::heuristics::sm100

@@ -16,6 +16,7 @@ struct Config {
   const char* name;
   int tokens;     // token tile, the N of the instruction
   int ctas;       // CTAs that share an instruction (cta_group), each with its own row tile
+  int pairs;      // 2: two such pairs make a cluster and share their activations by multicast
   int w_stages;   // ring of weight units, 20 KiB a unit
   int x_stages;   // ring of activation blocks; each CTA holds tokens / ctas rows of 128 bytes
   int residency;  // CTAs a multiprocessor holds
@@ -29,14 +30,18 @@ inline constexpr int kSmemReservedPerCta = 1024;
 inline constexpr int kSmemPerCta = 227 * 1024;
 inline constexpr int kBarrierBytes = 8;
 inline constexpr int kJobStages = 4;  // segments that the weight warp may be ahead
-inline constexpr int kJobBytes = 32;
+inline constexpr int kJobBytes = 48;
+inline constexpr int kMaxClusterCtas = 4;
 inline constexpr int kTmemColumns = 512;       // of a multiprocessor
 inline constexpr int kMetadataColumns = 8;     // of a sparse unit: 32 bytes a row
 inline constexpr int kMaxDoubledTokens = 224;  // two accumulators of 256 leave no metadata columns
 inline constexpr int kWStageBytes = format::kSparseUnitBytes;
 
-constexpr int box_tokens(const Config& c) { return c.tokens / c.ctas; }
-constexpr int x_stage_bytes(const Config& c) { return box_tokens(c) * format::kRowBytes; }
+constexpr int cluster_ctas(const Config& c) { return c.ctas * c.pairs; }
+// Tokens of a block of x that a CTA holds, and that it fetches for all that hold the same.
+constexpr int held_tokens(const Config& c) { return c.tokens / c.ctas; }
+constexpr int box_tokens(const Config& c) { return held_tokens(c) / c.pairs; }
+constexpr int x_stage_bytes(const Config& c) { return held_tokens(c) * format::kRowBytes; }
 // Accumulators, so that one is read while the next tile is multiplied.
 constexpr int accumulators(const Config& c) { return c.tokens <= kMaxDoubledTokens ? 2 : 1; }
 constexpr int barriers(const Config& c) {
@@ -66,7 +71,7 @@ constexpr int tmem_columns(const Config& c) {
 constexpr int w_full_arrivals() { return 1; }
 constexpr int w_empty_arrivals() { return 1; }
 constexpr int x_full_arrivals() { return 1; }
-constexpr int x_empty_arrivals() { return 1; }
+constexpr int x_empty_arrivals(const Config& c) { return c.pairs; }
 constexpr int sums_full_arrivals() { return 1; }
 constexpr int sums_empty_arrivals(const Config& c) { return kEpilogueWarps * c.ctas; }
 constexpr int job_full_arrivals() { return 1; }
@@ -74,7 +79,8 @@ constexpr int job_empty_arrivals() { return kEpilogueWarps + 2; }  // and activa
 constexpr int drained_arrivals() { return 1; }
 
 constexpr bool legal(const Config& c) {
-  const bool group = c.ctas == 1 || c.ctas == 2;
+  const bool group =
+      (c.ctas == 1 && c.pairs == 1) || (c.ctas == 2 && (c.pairs == 1 || c.pairs == 2));
   // N of tcgen05.mma with 128 rows a CTA; the epilogue reads 16 or 32 columns at a time.
   const bool tile = c.tokens == 16 || (c.tokens % 32 == 0 && c.tokens >= 32 && c.tokens <= 256);
   // Whole periods of the 128-byte swizzle, and what one box of a tensor copy may hold.
@@ -98,6 +104,7 @@ struct Machine {
   double l2_bytes_per_us = 12e6;  // an assumption: nobody publishes it
   double smem_bytes_per_clock = 128;
   double macs_per_clock = 8192;  // dense e4m3
+  double clocks_per_store = 2;   // an assumption: of 32 neighbouring elements of a token
 };
 
 // Where the time of a launch goes, each as if the others cost nothing. A model, not a measurement.

@@ -84,7 +84,7 @@ class Epilogue {
     if (lane() == 0) {
       const uint32_t empty = smem_ + T::kSumsEmpty + 8 * sums_.slot;
       if constexpr (T::kCtas > 1) {
-        ptx::barrier_arrive_remote(empty, 0);
+        ptx::barrier_arrive_remote(empty, rank_ & ~1);
       } else {
         ptx::barrier_arrive(empty);
       }
@@ -114,8 +114,9 @@ class Epilogue {
   // Whether this warp finishes the tile.
   __device__ bool collect(const Job& job) const {
     const uint32_t others = static_cast<uint32_t>(job.last - job.first);
-    uint32_t* counter =
-        p_.counters + (job.first * T::kCtas + rank_) * heuristics::sm100::kEpilogueWarps + warp_;
+    uint32_t* counter = p_.counters +
+                        (job.first * T::kClusterCtas + rank_) * heuristics::sm100::kEpilogueWarps +
+                        warp_;
     uint32_t arrived = lane() == 0 ? ptx::load_relaxed(counter) : 0;
     if (__shfl_sync(~0u, arrived, 0) == others) {
       if (lane() == 0) ptx::store_relaxed(counter, 0);
@@ -137,7 +138,7 @@ class Epilogue {
 
   // This thread's row of the part that a cluster has written, token by token kTileRows apart.
   __device__ float* place(int cluster, bool holds_step_zero) const {
-    const int slot = heuristics::partial_slot(cluster, holds_step_zero) * T::kCtas + rank_;
+    const int slot = heuristics::partial_slot(cluster, holds_step_zero) * T::kClusterCtas + rank_;
     return p_.partials + static_cast<int64_t>(slot) * (T::kTokens * kTileRows) + 32 * warp_ +
            lane();
   }

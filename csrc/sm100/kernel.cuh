@@ -5,15 +5,15 @@
 //
 // x is e4m3 in gather order, w a tile stream: tcgen05.mma.sp over a tile's sparse units, then
 // tcgen05.mma over its dense ones, into the same sums in tensor memory. Weight rows are the M of
-// the instruction, tokens its N. With kCtas 2 the CTAs of a cluster share every instruction, each
-// with a row tile and half of the tokens of x.
+// the instruction, tokens its N. With kCtas 2 a pair of CTAs shares every instruction, each with a
+// row tile and half of the tokens of x; with kPairs 2 two pairs fetch x together.
 //
 // Persistent CTAs, one a multiprocessor; with residency 2 the next kernel's fit beside them:
 //   warps 0-3   epilogue: combine, scale and store one tile while the next is multiplied
 //   warp 4      weights: walks the heuristics::Schedule, tells the others (JobRing), and copies
 //               units, which starts before the kernel ahead has finished
 //   warp 5      activations: tensor copies
-//   warp 6      MMA, in the leader (CTA 0) alone; it also allocates the tensor memory
+//   warp 6      MMA, in the leader of a pair alone; it also allocates the tensor memory
 #pragma once
 
 #include "device/launch.h"
@@ -33,7 +33,7 @@ __device__ void init_barriers(uint32_t smem) {
   }
   for (int i = 0; i < T::kXStages; ++i) {
     ptx::barrier_init(smem + T::kXFull + 8 * i, h::x_full_arrivals());
-    ptx::barrier_init(smem + T::kXEmpty + 8 * i, h::x_empty_arrivals());
+    ptx::barrier_init(smem + T::kXEmpty + 8 * i, h::x_empty_arrivals(T::kConfig));
   }
   for (int i = 0; i < T::kAccumulators; ++i) {
     ptx::barrier_init(smem + T::kSumsFull + 8 * i, h::sums_full_arrivals());
@@ -49,7 +49,7 @@ __device__ void init_barriers(uint32_t smem) {
 
 template <class T>
 __device__ __forceinline__ void sync_cluster() {
-  if constexpr (T::kCtas > 1) {
+  if constexpr (T::kClusterCtas > 1) {
     ptx::cluster_arrive();
     ptx::cluster_wait();
   } else {
@@ -61,12 +61,12 @@ template <class T>
 __device__ __forceinline__ void load_weights(const Params& p, uint32_t smem, JobRing<T>& jobs,
                                              int cluster, int rank) {
   const device::DeviceTable table{p.tiles, p.schedule.row_tiles, p.schedule.stream_blocks,
-                                  T::kCtas};
-  heuristics::Schedule<device::DeviceTable, T::kCtas> schedule(p.schedule, table, cluster);
+                                  T::kClusterCtas};
+  heuristics::Schedule<device::DeviceTable, T::kClusterCtas> schedule(p.schedule, table, cluster);
   heuristics::Segment segment;
   WeightLoader<T> loader(p, smem, rank);
-  while (schedule.next(segment)) loader.load(segment.group * T::kCtas, segment, jobs);
-  jobs.put(Job{-1, 0, 0, 0, 0, 0, {0, 0}});
+  while (schedule.next(segment)) loader.load(segment.group * T::kClusterCtas, segment, jobs);
+  jobs.put(Job{-1, 0, 0, 0, 0, 0, {}, {}});
   loader.finish();
 }
 
@@ -89,12 +89,12 @@ __device__ __forceinline__ void load_activations(const Params& p, uint32_t smem,
 template <class T>
 __device__ __forceinline__ void multiply(const Params& p, uint32_t smem, uint32_t tmem,
                                          JobRing<T>& jobs, int rank) {
-  Multiplier<T> multiplier(smem, tmem);
+  Multiplier<T> multiplier(smem, tmem, rank);
   while (true) {
     const Job job = jobs.get();
     jobs.done(true);
     if (job.row_tile < 0) break;
-    if (rank == 0) multiplier.run(job, p.schedule.k_blocks);
+    if (rank % T::kCtas == 0) multiplier.run(job, p.schedule.k_blocks);
   }
 }
 
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kResidency)
                         : warp == 4 ? WarpRole::kWeights
                         : warp == 5 ? WarpRole::kActivations
                                     : WarpRole::kMma;
-  const int cluster = blockIdx.x / T::kCtas, rank = blockIdx.x % T::kCtas;
+  const int cluster = blockIdx.x / T::kClusterCtas, rank = blockIdx.x % T::kClusterCtas;
   const bool first_lane = ptx::lane_id() == 0;
 
   ptx::grid_launch_dependents();
@@ -178,10 +178,10 @@ void launch_instance(const Params& params, cuda::Stream stream) {
   auto* kernel = &hybrid_gemm<T>;
   cuda::allow_smem(kernel, T::kSmemBytes);
   cuda::LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(params.schedule.clusters * T::kCtas));
+  shape.grid = dim3(static_cast<unsigned>(params.schedule.clusters * T::kClusterCtas));
   shape.block = dim3(T::kThreads);
   shape.smem_bytes = T::kSmemBytes;
-  shape.cluster = T::kCtas;
+  shape.cluster = T::kClusterCtas;
   shape.dependent = true;
   cuda::launch(kernel, shape, stream, params);
 }

@@ -2,19 +2,20 @@
 // The rings of a CTA and the warps that fill them.
 //
 //   barrier     one a slot of  completed by                                    waited for by
-//   w_full      w ring         the bytes of all CTAs, after the leader armed   MMA warp
+//   w_full      w ring         the bytes of the pair, after the leader armed   MMA warp
 //   w_empty     w ring         a commit of the MMA warp                        weight warp
-//   x_full      x ring         the bytes of all CTAs, after the leader armed   MMA warp
-//   x_empty     x ring         a commit of the MMA warp                        activation warp
+//   x_full      x ring         the bytes of the pair, after the leader armed   MMA warp
+//   x_empty     x ring         a commit of the MMA warp of each pair           activation warp
 //   sums_full   accumulators   a commit of the MMA warp                        epilogue warps
-//   sums_empty  accumulators   each epilogue warp of all CTAs                  MMA warp
+//   sums_empty  accumulators   each epilogue warp of the pair                  MMA warp
 //   job_full    jobs           the weight warp                                 all others
 //   job_empty   jobs           each epilogue warp, activation and MMA warp     weight warp
 //   drained     -              a commit of the MMA warp                        MMA warp
 //
-// The MMA warp is the leader's, CTA 0 of the cluster; it waits at the leader's barriers, and its
-// commits arrive in every CTA. Fillers wait for the parity before theirs, which a fresh barrier
-// reports as complete.
+// CTAs 0 and 1 of a cluster are a pair, 2 and 3 the other. The MMA warp is that of its leader, the
+// even one (or of the only CTA): it waits at the leader's barriers, and its commits arrive in both
+// CTAs of the pair, those of x in the whole cluster. Fillers wait for the parity before theirs,
+// which a fresh barrier reports as complete.
 #pragma once
 
 #include "device/ptx.cuh"
@@ -51,7 +52,9 @@ class JobRing {
       const uint32_t to = place();
       ptx::store_shared_v4(to, make_uint4(job.row_tile, job.token_tile, job.step_begin,  //
                                           job.step_end));
-      ptx::store_shared_v4(to + 16, make_uint4(job.first, job.last, job.sparse[0], job.sparse[1]));
+      ptx::store_shared_v4(to + 16, make_uint4(job.sparse[0], job.sparse[1], job.sparse[2],  //
+                                               job.sparse[3]));
+      ptx::store_shared_v4(to + 32, make_uint4(job.first, job.last, 0, 0));
       ptx::barrier_arrive(smem_ + T::kJobFull + 8 * at_.slot);
     }
     at_.advance();
@@ -60,14 +63,17 @@ class JobRing {
   // Everybody else: get, then one thread of each warp says when it is read.
   __device__ Job get() const {
     ptx::barrier_wait(smem_ + T::kJobFull + 8 * at_.slot, at_.parity);
-    const uint4 a = ptx::load_shared_v4(place()), b = ptx::load_shared_v4(place() + 16);
+    const uint4 a = ptx::load_shared_v4(place()), b = ptx::load_shared_v4(place() + 16),
+                c = ptx::load_shared_v4(place() + 32);
     return Job{static_cast<int>(a.x),
                static_cast<int>(a.y),
                static_cast<int>(a.z),
                static_cast<int>(a.w),
-               static_cast<int>(b.x),
-               static_cast<int>(b.y),
-               {static_cast<int>(b.z), static_cast<int>(b.w)}};
+               static_cast<int>(c.x),
+               static_cast<int>(c.y),
+               {static_cast<int>(b.x), static_cast<int>(b.y), static_cast<int>(b.z),
+                static_cast<int>(b.w)},
+               {0, 0}};
   }
   __device__ void done(bool tell) {
     if (tell) ptx::barrier_arrive(smem_ + T::kJobEmpty + 8 * at_.slot);
@@ -89,18 +95,18 @@ class WeightLoader {
  public:
   __device__ WeightLoader(const Params& p, uint32_t smem, int rank)
       : p_(p), smem_(smem), rank_(rank) {
-    full_ = T::kCtas == 1 ? smem + T::kWFull : ptx::remote_smem(smem + T::kWFull, 0);
+    full_ = T::kCtas == 1 ? smem + T::kWFull : ptx::remote_smem(smem + T::kWFull, rank & ~1);
   }
 
   // Publishes the segment and fetches its units. Missing tiles of the last group repeat the last
   // tile; their rows lie beyond n. Where this CTA's rows sit out it fetches its neighbour's unit:
-  // the bytes to wait for stay the same, and metadata is always legal.
+  // the bytes to wait for stay the same, and metadata is always legal. Where both do, none.
   __device__ void load(int row_tile, const heuristics::Segment& s, JobRing<T>& jobs) {
-    Job job{row_tile, s.token_tile, s.step_begin, s.step_end, s.first, s.last, {0, 0}};
-    int32_t begin[2];  // of the tiles, in blocks of the stream
+    Job job{row_tile, s.token_tile, s.step_begin, s.step_end, s.first, s.last, {}, {}};
+    int32_t begin[4];  // of the tiles, in blocks of the stream
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      const int tile = T::kCtas == 1 ? row_tile : row_tile + t;
+    for (int t = 0; t < 4; ++t) {
+      const int tile = row_tile + t % T::kClusterCtas;
       const int4 entry = __ldg(&p_.tiles[min(tile, p_.schedule.row_tiles - 1)]);
       begin[t] = entry.x;
       job.sparse[t] = entry.y;
@@ -109,12 +115,14 @@ class WeightLoader {
     const Units units(job, p_.schedule.k_blocks);
 #pragma unroll 1
     for (int step = units.sparse_begin; step < units.sparse_end; ++step) {
-      const int tile = holds_sparse(job, rank_, step) ? rank_ : 1 - rank_;
+      const int tile = holds_sparse(job, rank_, step) ? rank_ : rank_ ^ 1;
+      if (T::kPairs > 1 && !holds_sparse(job, tile, step)) continue;
       put<kSparseUnitBytes>(pick(begin, tile), step, pick(job.sparse, tile));
     }
 #pragma unroll 1
     for (int block = units.dense_begin; block < units.dense_end; ++block) {
-      const int tile = holds_dense(job, rank_, block) ? rank_ : 1 - rank_;
+      const int tile = holds_dense(job, rank_, block) ? rank_ : rank_ ^ 1;
+      if (T::kPairs > 1 && !holds_dense(job, tile, block)) continue;
       const int32_t sparse = pick(job.sparse, tile);
       put<kDenseUnitBytes>(pick(begin, tile), block - sparse, sparse);
     }
@@ -146,8 +154,9 @@ class WeightLoader {
         ptx::bulk_copy(slot, p_.w + offset, kBytes, full, p_.w_policy);
       } else {
         const CUtensorMap* map = kBytes == kSparseUnitBytes ? &p_.sparse_map : &p_.dense_map;
-        if (rank_ == 0)
+        if (rank_ % 2 == 0) {
           ptx::barrier_arrive_expect(smem_ + T::kWFull + 8 * at_.slot, T::kCtas * kBytes);
+        }
         ptx::tensor_copy_2d_pair(slot, map, 0, static_cast<int>(offset / kRowBytes), full,
                                  p_.w_policy);
       }
@@ -161,17 +170,19 @@ class WeightLoader {
   Cursor<T::kWStages> at_;
 };
 
-// Fetches this CTA's tokens of each block of x. One thread.
+// Fetches this CTA's tokens of each block of x, or its share of them where the CTA of the same
+// half in the other pair holds the same. One thread.
 template <class T>
 class ActivationLoader {
  public:
   __device__ ActivationLoader(const Params& p, uint32_t smem, int rank)
       : p_(p), smem_(smem), rank_(rank) {
-    full_ = T::kCtas == 1 ? smem + T::kXFull : ptx::remote_smem(smem + T::kXFull, 0);
+    full_ = T::kCtas == 1 ? smem + T::kXFull : ptx::remote_smem(smem + T::kXFull, rank & ~1);
   }
 
   __device__ void load(const Job& job) {
-    const int row = job.token_tile * T::kTokens + rank_ * T::kXBoxTokens;
+    const int row =
+        job.token_tile * T::kTokens + rank_ % 2 * T::kHeldTokens + rank_ / 2 * T::kXBoxTokens;
     const Units units(job, p_.schedule.k_blocks);
 #pragma unroll 1
     for (int step = units.sparse_begin; step < units.sparse_end; ++step) {
@@ -202,9 +213,16 @@ class ActivationLoader {
       ptx::barrier_arrive_expect(smem_ + T::kXFull + 8 * at_.slot, T::kXStageBytes);
       ptx::tensor_copy_2d(slot, &p_.x_map, column, row, full, ptx::kEvictLast);
     } else {
-      if (rank_ == 0)
+      if (rank_ % 2 == 0) {
         ptx::barrier_arrive_expect(smem_ + T::kXFull + 8 * at_.slot, T::kCtas * T::kXStageBytes);
-      ptx::tensor_copy_2d_pair(slot, &p_.x_map, column, row, full, ptx::kEvictLast);
+      }
+      if constexpr (T::kPairs == 1) {
+        ptx::tensor_copy_2d_pair(slot, &p_.x_map, column, row, full, ptx::kEvictLast);
+      } else {
+        const uint16_t same_half = static_cast<uint16_t>(0b101 << rank_ % 2);
+        ptx::tensor_copy_2d_pair_multicast(slot + rank_ / 2 * T::kXBoxTokens * kRowBytes, &p_.x_map,
+                                           column, row, full, same_half, ptx::kEvictLast);
+      }
     }
     at_.advance();
   }

@@ -14,11 +14,13 @@
 
 namespace spense::sm100 {
 
-// One thread of the leader. It issues four instructions a unit for the rows of all CTAs.
+// One thread of a leader. It issues four instructions a unit for the rows of its pair.
 template <class T>
 class Multiplier {
  public:
-  __device__ Multiplier(uint32_t smem, uint32_t tmem) : smem_(smem), tmem_(tmem) {}
+  // `leader` is the rank of this CTA, the first of its pair.
+  __device__ Multiplier(uint32_t smem, uint32_t tmem, int leader)
+      : smem_(smem), tmem_(tmem), leader_(leader) {}
 
   // The next accumulator = the segment's part of the tile.
   __device__ void run(const Job& job, int k_blocks) {
@@ -28,16 +30,29 @@ class Multiplier {
     begun_[0] = begun_[1] = false;
 #pragma unroll 1
     for (int step = units.sparse_begin; step < units.sparse_end; ++step) {
-      sparse_unit(on(holds_sparse(job, 0, step), holds_sparse(job, 1, step)));
+      const bool first = holds_sparse(job, leader_, step),
+                 second = holds_sparse(job, leader_ + T::kCtas - 1, step);
+      if (T::kPairs > 1 && !first && !second) {
+        pass_x();
+        pass_x();
+      } else {
+        sparse_unit(on(first, second));
+      }
     }
     if constexpr (SPENSE_SM100_DRAIN) {
       if (units.sparse_begin < units.sparse_end && units.dense_begin < units.dense_end) drain();
     }
 #pragma unroll 1
     for (int block = units.dense_begin; block < units.dense_end; ++block) {
-      dense_unit(on(holds_dense(job, 0, block), holds_dense(job, 1, block)));
+      const bool first = holds_dense(job, leader_, block),
+                 second = holds_dense(job, leader_ + T::kCtas - 1, block);
+      if (T::kPairs > 1 && !first && !second) {
+        pass_x();
+      } else {
+        dense_unit(on(first, second));
+      }
     }
-    ptx::tensor_commit<T::kCtas>(smem_ + T::kSumsFull + 8 * sums_.slot);
+    ptx::tensor_commit<T::kCtas>(smem_ + T::kSumsFull + 8 * sums_.slot, pair());
     sums_.advance();
   }
 
@@ -90,6 +105,12 @@ class Multiplier {
     release_w();
   }
 
+  // A block of x that only the other pair needs.
+  __device__ void pass_x() {
+    wait_for_x();
+    release_x();
+  }
+
   __device__ void drain() {
     ptx::tensor_commit_here<T::kCtas>(smem_ + T::kDrained);
     ptx::barrier_wait(smem_ + T::kDrained, drained_);
@@ -110,15 +131,19 @@ class Multiplier {
   }
   // Given back when what was issued so far is complete.
   __device__ void release_w() {
-    ptx::tensor_commit<T::kCtas>(smem_ + T::kWEmpty + 8 * w_.slot);
+    ptx::tensor_commit<T::kCtas>(smem_ + T::kWEmpty + 8 * w_.slot, pair());
     w_.advance();
   }
   __device__ void release_x() {
-    ptx::tensor_commit<T::kCtas>(smem_ + T::kXEmpty + 8 * x_.slot);
+    constexpr uint16_t kEveryone = (1 << T::kClusterCtas) - 1;
+    ptx::tensor_commit<T::kCtas>(smem_ + T::kXEmpty + 8 * x_.slot, kEveryone);
     x_.advance();
   }
 
+  __device__ uint16_t pair() const { return static_cast<uint16_t>(0b11 << leader_); }
+
   uint32_t smem_, tmem_;
+  int leader_;
   bool begun_[2];
   uint32_t drained_ = 0;  // parity
   Cursor<T::kWStages> w_;

@@ -14,7 +14,7 @@ namespace spense::sm100 {
 
 // Everything a launch needs.
 struct Params {
-  CUtensorMap x_map;       // x as [m, k] bytes, in boxes of tokens / ctas x 128
+  CUtensorMap x_map;       // x as [m, k] bytes, in boxes of tokens / ctas / pairs x 128
   CUtensorMap sparse_map;  // the tile stream as rows of 128 bytes, in boxes of a sparse unit
   CUtensorMap dense_map;   // the same in boxes of a dense unit; both for pairs of CTAs only
   const uint8_t* w;        // tile stream

@@ -24,26 +24,32 @@ struct alignas(16) Job {
   int32_t row_tile, token_tile;  // the cluster's first row tile; < 0: there is no more work
   int32_t step_begin, step_end;  // steps of 256 columns
   int32_t first, last;           // clusters that share the tile
-  int32_t sparse[2];             // sparse units of the row tile of each CTA, of the whole tile
+  int32_t sparse[4];             // sparse units of the row tile of each CTA, of the whole tile
+  int32_t unused[2];
 };
 static_assert(sizeof(Job) == heuristics::sm100::kJobBytes);
 
 // The units of a job in the order in which every role meets them: steps that are sparse in any of
 // the CTAs, then blocks of 128 columns that are dense in any. CTAs of a pair share instructions;
-// where one of them has the other kind, its rows sit out. Such columns of x pass twice.
+// where one of them has the other kind, its rows sit out, and where both have, the pair does. Such
+// columns of x pass twice.
 struct Units {
   int32_t sparse_begin, sparse_end;
   int32_t dense_begin, dense_end;
 
   __device__ Units(const Job& job, int32_t k_blocks) {
     sparse_begin = job.step_begin;
-    sparse_end = max(sparse_begin, min(job.step_end, max(job.sparse[0], job.sparse[1])));
-    dense_begin = 2 * max(job.step_begin, min(job.sparse[0], job.sparse[1]));
+    const int32_t most = max(max(job.sparse[0], job.sparse[1]), max(job.sparse[2], job.sparse[3]));
+    const int32_t least = min(min(job.sparse[0], job.sparse[1]), min(job.sparse[2], job.sparse[3]));
+    sparse_end = max(sparse_begin, min(job.step_end, most));
+    dense_begin = 2 * max(job.step_begin, least);
     dense_end = min(2 * job.step_end, k_blocks);
   }
 };
-// One of two, without an array in local memory.
-__device__ __forceinline__ int32_t pick(const int32_t (&of)[2], int i) { return i ? of[1] : of[0]; }
+// One of four, without an array in local memory.
+__device__ __forceinline__ int32_t pick(const int32_t (&of)[4], int i) {
+  return i < 2 ? (i == 0 ? of[0] : of[1]) : (i == 2 ? of[2] : of[3]);
+}
 // Whether the CTA's own tile holds that unit.
 __device__ __forceinline__ bool holds_sparse(const Job& job, int cta, int step) {
   return step < pick(job.sparse, cta);
@@ -52,13 +58,15 @@ __device__ __forceinline__ bool holds_dense(const Job& job, int cta, int block) 
   return block >= 2 * pick(job.sparse, cta);
 }
 
-template <int tokens, int ctas, int w_stages, int x_stages, int residency>
+template <int tokens, int ctas, int pairs, int w_stages, int x_stages, int residency>
 struct Traits {
-  static constexpr Config kConfig{"", tokens, ctas, w_stages, x_stages, residency};
+  static constexpr Config kConfig{"", tokens, ctas, pairs, w_stages, x_stages, residency};
   static_assert(heuristics::sm100::legal(kConfig));
 
   static constexpr int kTokens = tokens;
-  static constexpr int kCtas = ctas;  // of a cluster and of an instruction
+  static constexpr int kCtas = ctas;  // of an instruction; the first of them is their leader
+  static constexpr int kPairs = pairs;
+  static constexpr int kClusterCtas = heuristics::sm100::cluster_ctas(kConfig);
   static constexpr int kWStages = w_stages;
   static constexpr int kXStages = x_stages;
   static constexpr int kResidency = residency;
@@ -70,13 +78,14 @@ struct Traits {
   // Shared memory, in bytes from the start:
   //   w ring      kWStages x 20480         units: 16 KiB values (128-byte swizzle), metadata
   //   x ring      kXStages x kXStageBytes  128 columns of the CTA's tokens (128-byte swizzle)
-  //   jobs        kJobStages x 32
+  //   jobs        kJobStages x 48
   //   barriers    w_full, w_empty, x_full, x_empty, sums_full, sums_empty, job_full, job_empty,
   //               drained
   //   tmem        one word, the address of the tensor memory
   //   scales      x_scale of the token tile, a copy for each warp of the epilogue
   static constexpr int kWStageBytes = heuristics::sm100::kWStageBytes;
   static constexpr int kXStageBytes = heuristics::sm100::x_stage_bytes(kConfig);
+  static constexpr int kHeldTokens = heuristics::sm100::held_tokens(kConfig);
   static constexpr int kXBoxTokens = heuristics::sm100::box_tokens(kConfig);
   static constexpr int kXRing = kWStages * kWStageBytes;
   static constexpr int kJobs = kXRing + kXStages * kXStageBytes;

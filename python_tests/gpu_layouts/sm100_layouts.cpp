@@ -232,18 +232,18 @@ void check_tensor_memory() {
 
 // --- tensor maps -------------------------------------------------------------------------------
 
-template <int kTokens, int kCtas>
+template <int kTokens, int kCtas, int kPairs>
 void check_tensor_maps(const Config& config) {
   constexpr int64_t kM = 500, kK = 1360, kStride = 1408, kBytes = 40 * 20480 + 3 * 16384;
   alignas(128) static uint8_t x[16], w[16];
   spense::GemmArgs args;
   args.m = kM, args.k = kK, args.x = x, args.x_stride = kStride, args.w = w, args.w_bytes = kBytes;
 
-  auto x_slot =
-      tile_to_shape(UMMA::Layout_K_SW128_Atom<E4m3>{}, Shape<Int<kTokens / kCtas>, _128>{});
+  auto x_slot = tile_to_shape(UMMA::Layout_K_SW128_Atom<E4m3>{},
+                              Shape<Int<kTokens / kCtas / kPairs>, _128>{});
   Tensor x_matrix = make_tensor(make_gmem_ptr(reinterpret_cast<E4m3*>(x)), make_shape(kM, kK),
                                 make_stride(kStride, _1{}));
-  make_tma_atom(SM90_TMA_LOAD{}, x_matrix, x_slot, Shape<Int<kTokens / kCtas>, _128>{});
+  make_tma_atom(SM90_TMA_LOAD{}, x_matrix, x_slot, Shape<Int<kTokens / kCtas / kPairs>, _128>{});
   const TensorMapCall theirs = last_tensor_map();
   spense::cuda::tensor_map(sm100::x_matrix(config, args));
   expect_same_map("tensor map of x", theirs, last_tensor_map());
@@ -263,13 +263,13 @@ void check_tensor_maps(const Config& config) {
   unit(Int<format::kDenseUnitBytes>{});
 }
 
-template <int kTokens, int kCtas, int kW, int kX, int kResidency>
+template <int kTokens, int kCtas, int kPairs, int kW, int kX, int kResidency>
 void check(const char* name) {
-  const Config config{name, kTokens, kCtas, kW, kX, kResidency};
+  const Config config{name, kTokens, kCtas, kPairs, kW, kX, kResidency};
   check_images<kTokens, kCtas>();
   check_descriptors<kTokens, kCtas>();
   check_tensor_memory<kTokens, kCtas>();
-  check_tensor_maps<kTokens, kCtas>(config);
+  check_tensor_maps<kTokens, kCtas, kPairs>(config);
   std::printf("config %s\n", name);
 }
 

@@ -181,6 +181,18 @@ void tensor_copy_2d_pair(uint32_t smem, const void* map, int column, int row, ui
   machine().add_copy(smem, box(smem, map, column, row, true), barrier);
 }
 
+void tensor_copy_2d_pair_multicast(uint32_t smem, const void* map, int column, int row,
+                                   uint32_t barrier, uint16_t mask, uint64_t) {
+  const Pieces pieces = box(smem, map, column, row, true);
+  for (uint32_t rank = 0; rank < 16; ++rank) {
+    if (!(mask >> rank & 1)) continue;
+    // Counted in the pair of the target, in the CTA of the barrier's parity. A pair may pass over
+    // a block that the other one needs.
+    const uint32_t counted = (rank & ~1u) | (barrier >> 24 & 1);
+    machine().add_copy(remote_smem(smem, rank), pieces, remote_smem(barrier, counted), true);
+  }
+}
+
 void tensor_copy_2d_multicast(uint32_t smem, const void* map, int column, int row, uint32_t barrier,
                               uint16_t mask, uint64_t) {
   const Pieces pieces = box(smem, map, column, row, true);

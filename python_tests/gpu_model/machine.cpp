@@ -100,6 +100,7 @@ void Machine::add_thread(Cta& cta, int index) {
 void Machine::run(const Launch& launch, std::function<void()> what) {
   body = std::move(what);
   failure.clear();
+  cta_group = 0;
   ctas.clear(), clusters.clear(), threads.clear(), ready.clear(), waiting.clear(), copies.clear();
   for (int i = 0; i < launch.grid; ++i) {
     if (i % launch.cluster == 0) {
@@ -236,7 +237,7 @@ void Machine::arrive(Cta& cta, uint32_t offset, uint32_t count, int64_t expect, 
 }
 
 void Machine::add_copy(uint32_t to, const std::vector<std::pair<uint32_t, const uint8_t*>>& pieces,
-                       uint32_t barrier_address) {
+                       uint32_t barrier_address, bool may_be_passed) {
   Copy copy;
   copy.to = &owner(to);
   copy.barrier_cta = &owner(barrier_address);
@@ -247,7 +248,9 @@ void Machine::add_copy(uint32_t to, const std::vector<std::pair<uint32_t, const 
     Granule& g = granule(*copy.to, offset);
     if (g.copies) fail("two copies under way to offset %#x", offset);
     if (g.readers) fail("offset %#x is overwritten while an instruction reads it", offset);
-    if (g.filled && !g.used) fail("offset %#x is overwritten before it was read", offset);
+    if (g.filled && !g.used && !may_be_passed) {
+      fail("offset %#x is overwritten before it was read", offset);
+    }
     ++g.copies;
     g.used = false;
     copy.granules.push_back(&g);

@@ -148,6 +148,7 @@ struct Machine {
   Thread* current = nullptr;
   jmp_buf home;
   std::string failure;
+  int cta_group = 0;  // of the tensor instructions so far
   std::function<void()> body;
 
   // Runs body once in every thread; throws Failure.
@@ -168,7 +169,7 @@ struct Machine {
   void arrive(Cta& cta, uint32_t offset, uint32_t count, int64_t expect, int64_t complete);
   void add_arrival(Cta& cta, uint32_t offset);
   void add_copy(uint32_t to, const std::vector<std::pair<uint32_t, const uint8_t*>>& pieces,
-                uint32_t barrier);
+                uint32_t barrier, bool may_be_passed = false);
 
   // Checks an access to global memory and returns its region.
   Region& global(const void* address, size_t bytes, bool write);

@@ -36,7 +36,7 @@ int main(int count, char** words) {
   std::vector<model::Kernel> kernels;
   for (const auto& config : heuristics::sm100::configs()) {
     if (!sm100::compiled(config.name)) continue;
-    kernels.push_back({config.name, config.tokens, config.ctas,
+    kernels.push_back({config.name, config.tokens, heuristics::sm100::cluster_ctas(config),
                        [&config](model::Problem& problem, int multiprocessors) {
                          heuristics::GemmDesc desc;
                          const GemmArgs args = problem.args();

@@ -14,15 +14,19 @@ TensorMemory& memory_of(Cta& cta) {
 }
 
 void check_group(int ctas) {
-  if (ctas != static_cast<int>(cluster().ctas.size())) fail("cta_group differs from the cluster");
+  if (static_cast<int>(cluster().ctas.size()) % ctas) fail("cta_group of an odd cluster");
+  int& used = machine().cta_group;
+  if (used == 0) used = ctas;
+  if (used != ctas) fail("instructions of a kernel differ in cta_group");
 }
 
 // The CTAs that an instruction of the running thread works in.
 std::vector<Cta*> group(int ctas) {
   check_group(ctas);
   if (ctas == 1) return {machine().self().cta};
-  if (machine().self().cta->rank != 0) fail("the pair's instructions come from both of its CTAs");
-  return cluster().ctas;
+  const int rank = machine().self().cta->rank;
+  if (rank % 2) fail("the pair's instructions come from both of its CTAs");
+  return {cluster().ctas[rank], cluster().ctas[rank + 1]};
 }
 
 Column& column(Cta& cta, int index) {
@@ -194,7 +198,7 @@ void mma(int ctas, bool sparse, uint32_t sums, uint64_t a, uint64_t b, uint32_t 
   const std::vector<Cta*> all = group(ctas);
   if (sums >> 16) fail("sums begin at lane %u", sums >> 16);
   for (Cta* cta : all) {
-    const uint32_t mask = off[cta->rank];
+    const uint32_t mask = off[cta->rank % 2];
     if (mask != 0 && mask != ~0u) fail("a mask of output lanes that is not all or nothing");
     note_reads(*cta, w, kLanes, 32, reads);
     note_reads(*cta, x, x_rows, columns, reads);
@@ -223,12 +227,12 @@ void mma(int ctas, bool sparse, uint32_t sums, uint64_t a, uint64_t b, uint32_t 
       [=] {
         std::vector<float> operand_x(columns * shape.tokens);
         for (Cta* cta : all) {
-          float* to = operand_x.data() + cta->rank * x_rows;
+          float* to = operand_x.data() + cta->rank % 2 * x_rows;
           read_columns(*cta, x, x_rows, columns, to, shape.tokens);
         }
         for (Cta* cta : all) {
           TensorMemory& tmem = memory_of(*cta);
-          const bool adds = masks[cta->rank] == 0;
+          const bool adds = masks[cta->rank % 2] == 0;
           const auto values = read_operand(*cta, w, kLanes, 32);
           for (int row = 0; row < kLanes; ++row) {
             uint8_t places[32];
@@ -258,11 +262,14 @@ void mma(int ctas, bool sparse, uint32_t sums, uint64_t a, uint64_t b, uint32_t 
       std::move(reads));
 }
 
-void tensor_commit(int ctas, uint32_t barrier, bool multicast) {
+void tensor_commit(int ctas, uint32_t barrier, uint16_t mask) {
   check_group(ctas);
   const uint32_t offset = Machine::offset_of(barrier);
-  std::vector<Cta*> to = {&machine().owner(barrier)};
-  if (multicast && ctas == 2) to = cluster().ctas;
+  std::vector<Cta*> to;
+  if (mask == 0 || ctas == 1) to = {&machine().owner(barrier)};  // the one form has no mask
+  for (int rank = 0; ctas == 2 && rank < 16; ++rank) {
+    if (mask >> rank & 1) to.push_back(cluster().ctas.at(rank));
+  }
   for (Cta* cta : to) machine().barrier(*cta, offset);
   add_op([to, offset] {
     for (Cta* cta : to) machine().add_arrival(*cta, offset);

@@ -39,7 +39,8 @@ void tmem_copy(int ctas, uint32_t address, uint64_t descriptor);
 // off[i]: the rows of CTA i that keep their sums, one word for 32 lanes.
 void mma(int ctas, bool sparse, uint32_t sums, uint64_t a, uint64_t b, uint32_t metadata,
          uint32_t instruction, bool accumulate, const uint32_t (&off)[2]);
-void tensor_commit(int ctas, uint32_t barrier, bool multicast);
+// In every CTA of the mask; in this one alone for 0.
+void tensor_commit(int ctas, uint32_t barrier, uint16_t mask);
 
 // --- shared with SM90 ---
 // A K-major operand in shared memory: where byte `byte` of row `row` lies.

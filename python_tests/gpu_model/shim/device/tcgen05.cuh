@@ -45,15 +45,17 @@ void mma_sparse(uint32_t sums, uint64_t w, uint64_t x, uint32_t metadata, uint32
   model::mma(kCtas, true, sums, w, x, metadata, instruction, accumulate, off.cta);
 }
 template <int kCtas>
-void tensor_commit(uint32_t barrier) {
-  model::tensor_commit(kCtas, barrier, true);
+void tensor_commit(uint32_t barrier, uint16_t mask) {
+  model::tensor_commit(kCtas, barrier, mask);
 }
 template <int kCtas>
 void tensor_commit_here(uint32_t barrier) {
-  model::tensor_commit(kCtas, barrier, false);
+  model::tensor_commit(kCtas, barrier, 0);
 }
 uint32_t remote_smem(uint32_t smem, uint32_t rank);
 void tensor_copy_2d_pair(uint32_t smem, const void* map, int column, int row, uint32_t barrier,
                          uint64_t);
+void tensor_copy_2d_pair_multicast(uint32_t smem, const void* map, int column, int row,
+                                   uint32_t barrier, uint16_t mask, uint64_t);
 
 }  // namespace spense::ptx
