@@ -59,11 +59,16 @@ Estimate estimate(const GemmDesc& desc, const Config& config, const Machine& mac
   // Every unit comes with its blocks of x, from L2. Weights come from memory once a band.
   const double l2 =
       static_cast<double>(desc.packed_bytes) + (2 * sparse + dense) * x_block / config.pairs;
+  // Where tiles are cut, about every CTA writes and reads one part of a tile.
+  const ScheduleParams cut = schedule(desc, config);
+  const int64_t groups = format::ceil_div(desc.row_tiles(), cluster_ctas(config));
+  const double parts =
+      cut.whole < groups * cut.token_tiles ? static_cast<double>(partial_bytes(config, cut)) : 0;
   const double per_us = desc.multiprocessors * machine.clock_ghz * 1e3;
   Estimate e;
   e.tensor_us = token_tiles * clocks / per_us;
   e.smem_us = token_tiles * smem / machine.smem_bytes_per_clock / per_us;
-  e.l2_us = token_tiles * l2 / machine.l2_bytes_per_us;
+  e.l2_us = (token_tiles * l2 + parts) / machine.l2_bytes_per_us;
   e.dram_us = (static_cast<double>(desc.packed_bytes) + static_cast<double>(desc.m * desc.k) +
                2.0 * static_cast<double>(desc.m * desc.n)) /
               machine.dram_bytes_per_us;
