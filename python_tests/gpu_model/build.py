@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 # Objects that see no header of the kernels, and those that do.
 MACHINE = ("machine", "operands", "tensor_core", "wgmma", "leaves", "run")
-PRODUCT = ("format/pack", "format/status", "heuristics/gemm", "heuristics/sm100")
+PRODUCT = ("format/pack", "format/status", "heuristics/cost", "heuristics/gemm", "heuristics/sm100")
 PRECOMPILED = "precompiled.h"
 FLAGS = ("-std=c++20", "-ffp-contract=off", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
 

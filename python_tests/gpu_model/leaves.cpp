@@ -218,12 +218,12 @@ uint32_t load_shared(uint32_t address) {
 }
 
 void store_shared(uint32_t address, uint32_t v) {
-  std::memcpy(machine().shared(address, 4), &v, 4);
+  std::memcpy(machine().shared_for_write(address, 4), &v, 4);
 }
 
 void store_shared_v4(uint32_t address, uint4 v) {
   const uint32_t words[] = {v.x, v.y, v.z, v.w};
-  std::memcpy(machine().shared(address, 16), words, 16);
+  std::memcpy(machine().shared_for_write(address, 16), words, 16);
 }
 
 uint32_t atomic_ticket(uint32_t* counter, uint32_t last) {
@@ -241,6 +241,75 @@ uint32_t load_relaxed(const uint32_t* from) {
 void store_relaxed(uint32_t* to, uint32_t v) {
   machine().global(to, 4, true);
   *to = v;
+}
+
+// Lane l gives the place of column l % 8 of matrix l / 8; every register holds row lane / 4,
+// columns 2 * (lane % 4) and the next of one matrix.
+void store_matrices(const std::vector<uint32_t>& registers, uint32_t to) {
+  const auto places = machine().meet("stmatrix", to);
+  std::vector<std::array<uint64_t, 32>> all;
+  for (uint32_t v : registers) all.push_back(machine().meet("stmatrix value", v));
+  if (machine().self().lane() != 0) return;
+  for (size_t matrix = 0; matrix < registers.size(); ++matrix) {
+    for (int column = 0; column < 8; ++column) {
+      const auto at = static_cast<uint32_t>(places[matrix * 8 + column]);
+      if (at % 16) fail("stmatrix to %#x", at);
+      uint16_t rows[8];
+      for (int row = 0; row < 8; ++row) {
+        rows[row] = static_cast<uint16_t>(all[matrix][row * 4 + column / 2] >> (column % 2 * 16));
+      }
+      std::memcpy(machine().shared_for_write(at, 16), rows, 16);
+    }
+  }
+}
+void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  store_matrices({a, b, c, d}, to);
+  machine().meet("stmatrix done", 0);
+}
+void store_matrices(uint32_t to, uint32_t a, uint32_t b) {
+  store_matrices({a, b}, to);
+  machine().meet("stmatrix done", 0);
+}
+
+// A box of rows of 128 bytes with the 128-byte swizzle; what lies outside y is left out.
+void tensor_store_2d(const void* map_address, int column, int row, uint32_t smem) {
+  const auto& map = *static_cast<const CUtensorMap*>(map_address);
+  if (!map.data || !map.swizzle || smem % 1024) fail("a tensor store from %#x", smem);
+  model::Cta& cta = *machine().self().cta;
+  std::vector<model::Granule*> granules;
+  std::vector<std::pair<uint32_t, uint8_t*>> pieces;
+  for (int r = 0; r < map.box_rows; ++r) {
+    for (int c = 0; c < 128; c += model::kGranule) {
+      const uint32_t linear = Machine::offset_of(smem) + r * 128 + c;
+      const uint32_t from = linear ^ (linear >> 3 & 0x70);
+      granules.push_back(&machine().granule(cta, from));
+      if (row + r >= map.rows || column + c >= map.columns) continue;
+      if (column + c + model::kGranule > map.columns) fail("y ends inside 16 bytes");
+      uint8_t* to = const_cast<uint8_t*>(map.data) + (row + r) * map.stride + column + c;
+      machine().global(to, model::kGranule, true);
+      pieces.emplace_back(from, to);
+    }
+  }
+  machine().add_store(std::move(granules), [&cta, pieces] {
+    for (const auto& [from, to] : pieces) {
+      model::note_store(to, model::kGranule);
+      std::memcpy(to, cta.smem.data() + from, model::kGranule);
+    }
+  });
+}
+
+void store_commit() {
+  auto& groups = machine().self().store_groups;
+  groups.push_back(std::make_shared<int>(0));
+}
+
+void store_wait(int pending) {
+  const auto groups = machine().self().store_groups;  // the last one is open
+  for (int i = 0; i + 1 + pending < static_cast<int>(groups.size()); ++i) {
+    const auto& group = groups[i];
+    machine().block(group.get(), "stores of group", static_cast<uint32_t>(i),
+                    [group] { return *group == 0; });
+  }
 }
 
 // Row lane / 4, columns 2 * (lane % 4) and the next of an 8x8 matrix of 16-bit elements.

@@ -211,6 +211,16 @@ uint8_t* Machine::shared(uint32_t address, int bytes) {
   return cta.smem.data() + offset;
 }
 
+uint8_t* Machine::shared_for_write(uint32_t address, int bytes) {
+  uint8_t* at = shared(address, bytes);
+  for (int i = 0; i < bytes; i += kGranule) {
+    if (granule(owner(address), offset_of(address) + i).readers) {
+      fail("address %#x is overwritten while a store reads it", address);
+    }
+  }
+  return at;
+}
+
 Granule& Machine::granule(Cta& cta, uint32_t offset) {
   if (offset < kSmemBase || offset / kGranule >= cta.granules.size()) {
     fail("offset %#x is outside the shared memory", offset);
@@ -276,11 +286,30 @@ void Machine::add_arrival(Cta& cta, uint32_t offset) {
   copies.push_back(std::move(arrival));
 }
 
+void Machine::add_store(std::vector<Granule*> granules, std::function<void()> move) {
+  Thread& t = self();
+  if (t.store_groups.empty()) t.store_groups.push_back(std::make_shared<int>(0));
+  Copy store;
+  store.to = store.barrier_cta = t.cta;
+  store.granules = std::move(granules);
+  for (Granule* g : store.granules) ++g->readers;
+  store.move = std::move(move);
+  store.store_group = t.store_groups.back();
+  ++*store.store_group;
+  copies.push_back(std::move(store));
+}
+
 void Machine::finish_copy(size_t which) {
   Copy copy = std::move(copies[which]);
   copies[which] = std::move(copies.back());
   copies.pop_back();
   if (copy.move) copy.move();
+  if (copy.store_group) {
+    for (Granule* g : copy.granules) --g->readers;
+    --*copy.store_group;
+    wake(copy.store_group.get());
+    return;
+  }
   for (Granule* g : copy.granules) {
     --g->copies;
     g->filled = true;

@@ -73,6 +73,7 @@ struct Thread {
   bool after_grid_wait = false;
   uint64_t cluster_waits = 0;
   std::shared_ptr<struct WgmmaState> wgmma;
+  std::vector<std::shared_ptr<int>> store_groups;  // the last one is open
   bool wants_fence_after = false;   // it waited and has not fenced before using tensor memory
   bool wants_fence_before = false;  // it read tensor memory and has not fenced since
   int warp() const { return index / 32; }
@@ -118,7 +119,7 @@ struct Cluster {
   std::map<int, std::deque<TensorOp>> tensor;  // by issuing thread
 };
 
-// A copy, or the arrival of a commit: complete in any order.
+// A copy, the arrival of a commit, or a store from shared memory: complete in any order.
 struct Copy {
   Cta* to = nullptr;
   Cta* barrier_cta = nullptr;
@@ -126,6 +127,7 @@ struct Copy {
   int64_t bytes = 0;
   std::vector<Granule*> granules;
   std::function<void()> move;
+  std::shared_ptr<int> store_group;  // of a store: how many of its group are under way
 };
 
 struct Launch {
@@ -164,10 +166,13 @@ struct Machine {
   Cta& owner(uint32_t address);
   static uint32_t offset_of(uint32_t address) { return address & 0xFFFFFF; }
   uint8_t* shared(uint32_t address, int bytes);
+  // The same for a plain store, which nothing under way may read.
+  uint8_t* shared_for_write(uint32_t address, int bytes);
   Granule& granule(Cta& cta, uint32_t offset);
   Barrier& barrier(Cta& cta, uint32_t offset);
   void arrive(Cta& cta, uint32_t offset, uint32_t count, int64_t expect, int64_t complete);
   void add_arrival(Cta& cta, uint32_t offset);
+  void add_store(std::vector<Granule*> granules, std::function<void()> move);
   void add_copy(uint32_t to, const std::vector<std::pair<uint32_t, const uint8_t*>>& pieces,
                 uint32_t barrier, bool may_be_passed = false);
 

@@ -43,7 +43,8 @@ int run_all(const std::vector<Kernel>& kernels, int count, char** words) {
       {"late", Pace::kLate}, {"early", Pace::kEarly}, {"random", Pace::kRandom}};
   int runs = 0;
   for (const Kernel& kernel : kernels) {
-    if (!config.empty() && kernel.name != config) continue;
+    // A name may go on with a mode, behind a colon.
+    if (!config.empty() && kernel.name.substr(0, kernel.name.find(':')) != config) continue;
     for (const Case& c : cases(kernel.tokens, kernel.ctas)) {
       if (!name.empty() && c.name != name) continue;
       for (const auto& [pace_name, p] : paces) {

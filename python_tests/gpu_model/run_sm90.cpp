@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the SM90 kernels: their own source, launched by their own launch(), on model::machine().
 // These kernels have run on the hardware with the same bits, which is what speaks for the model.
+#define SPENSE_EXTENDED_TILES 1
 #include "run.h"
 #include "sm90/kernel.cuh"
 #include "sm90/launch.cpp"
@@ -26,7 +27,8 @@ void launch_if(const Params& params, cuda::Stream stream) {
 #define INSTANCE(name, ...)                                          \
   void launch_##name(const Params& params, cuda::Stream stream) {    \
     launch_if<compiled(#name), Traits<__VA_ARGS__>>(params, stream); \
-  }
+  }                                                                  \
+  int max_clusters_##name() { return 0; }
 #include "heuristics/sm90_instances.def"
 #undef INSTANCE
 
@@ -35,22 +37,23 @@ void launch_if(const Params& params, cuda::Stream stream) {
 int main(int count, char** words) {
   using namespace spense;
   std::vector<model::Kernel> kernels;
-  for (const auto& config : heuristics::configs()) {
+  for (const heuristics::GemmChoice& choice : heuristics::choices()) {
+    const heuristics::GemmConfig& config = *choice.config;
     if (!sm90::compiled(config.name)) continue;
-    kernels.push_back({config.name, config.tokens, heuristics::group_tiles(config),
-                       [&config](model::Problem& problem, int multiprocessors) {
-                         heuristics::GemmDesc desc;
-                         const GemmArgs args = problem.args();
-                         desc.m = args.m, desc.n = args.n, desc.k = args.k;
-                         desc.packed_bytes = args.w_bytes;
-                         desc.multiprocessors = multiprocessors;
-                         const auto schedule = heuristics::schedule(desc, config);
-                         model::machine().regions =
-                             problem.regions(heuristics::partial_bytes(config, schedule),
-                                             heuristics::counter_count(config, schedule));
-                         sm90::launch(config, schedule, problem.args(), problem.partials(),
-                                      problem.counters(), nullptr);
-                       }});
+    const auto launch = [choice](model::Problem& problem, int multiprocessors) {
+      const heuristics::GemmConfig& config = *choice.config;
+      heuristics::GemmDesc desc;
+      const GemmArgs args = problem.args();
+      desc.m = args.m, desc.n = args.n, desc.k = args.k;
+      desc.packed_bytes = args.w_bytes;
+      const int slots = std::max(1, multiprocessors / heuristics::cluster_size(config));
+      const auto schedule = heuristics::schedule(desc, choice, slots);
+      model::machine().regions = problem.regions(heuristics::partial_bytes(config, schedule),
+                                                 heuristics::counter_count(config, schedule));
+      sm90::launch(config, schedule, problem.args(), problem.partials(), problem.counters(),
+                   nullptr);
+    };
+    kernels.push_back({choice.name(), config.tokens, heuristics::cluster_size(config), launch});
   }
   return model::run_all(kernels, count, words);
 }

@@ -19,6 +19,11 @@ template <typename Kernel>
 void allow_smem(Kernel, int) {}
 
 template <typename... Args>
+int max_clusters(void (*)(Args...), dim3, int, int) {
+  return 0;  // unknown
+}
+
+template <typename... Args>
 void launch(void (*kernel)(Args...), const LaunchShape& shape, Stream, const Args&... args) {
   model::Launch launch;
   launch.grid = static_cast<int>(shape.grid.x);

@@ -31,6 +31,9 @@ void barrier_arrive(uint32_t barrier);
 void barrier_arrive_expect(uint32_t barrier, uint32_t bytes);
 void barrier_arrive_remote(uint32_t barrier, uint32_t rank);
 void barrier_wait(uint32_t barrier, uint32_t parity);
+inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  barrier_wait(barrier, parity);
+}
 inline void named_barrier_sync(uint32_t id, uint32_t threads) {
   model::sync_threads(static_cast<int>(id), static_cast<int>(threads));
 }
@@ -51,6 +54,15 @@ void tensor_copy_2d(uint32_t smem, const void* map, int column, int row, uint32_
 void tensor_copy_2d_multicast(uint32_t smem, const void* map, int column, int row, uint32_t barrier,
                               uint16_t mask, uint64_t);
 inline void prefetch_tensor_map(const void*) {}
+void tensor_store_2d(const void* map, int column, int row, uint32_t smem);
+void store_commit();
+void store_wait(int pending);
+template <int kPending>
+void store_wait_read() {
+  store_wait(kPending);
+}
+inline void store_wait_all() { store_wait(0); }
+inline void async_proxy_fence() {}
 
 // --- wgmma ---
 inline void mma_fence() {}
@@ -67,6 +79,8 @@ uint4 load_shared_v4(uint32_t address);
 uint32_t load_shared(uint32_t address);
 void store_shared(uint32_t address, uint32_t v);
 void store_shared_v4(uint32_t address, uint4 v);
+void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d);
+void store_matrices(uint32_t to, uint32_t a, uint32_t b);
 uint32_t atomic_ticket(uint32_t* counter, uint32_t last);
 uint32_t load_relaxed(const uint32_t* from);
 void store_relaxed(uint32_t* to, uint32_t v);
