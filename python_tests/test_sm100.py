@@ -57,9 +57,12 @@ def test_prefill_takes_pairs(m):
 
 
 @pytest.mark.parametrize("m", [1, 16, 64, 128, 257, 2048])
-def test_the_choice_has_the_least_estimate(m):
+def test_the_choice_is_the_smallest_tile_about_as_fast_as_the_fastest(m):
     times = {n: SM100.estimate(n, m, N, K, QUARTER)["total_us"] for n in CONFIGS}
-    assert times[SM100.choose(m, N, K, QUARTER)] == min(times.values())
+    chosen, least = SM100.choose(m, N, K, QUARTER), min(times.values())
+    good = [name for name, us in times.items() if us <= 1.05 * least]
+    assert chosen in good
+    assert CONFIGS[chosen]["tokens"] == min(CONFIGS[name]["tokens"] for name in good)
 
 
 def test_estimates_by_hand():

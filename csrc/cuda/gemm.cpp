@@ -27,8 +27,8 @@ std::optional<GemmPlan> plan_sm90(const heuristics::GemmDesc& desc, int device,
   if (!choice) return std::nullopt;
   GemmPlan plan;
   plan.choice = *choice;
-  plan.schedule = heuristics::schedule(desc, *choice,
-                                       heuristics::cluster_slots(desc, fit, *choice->config));
+  plan.schedule =
+      heuristics::schedule(desc, *choice, heuristics::cluster_slots(desc, fit, *choice->config));
   plan.partial_bytes = heuristics::partial_bytes(*choice->config, plan.schedule);
   plan.counters = heuristics::counter_count(*choice->config, plan.schedule);
   return plan;
@@ -36,13 +36,14 @@ std::optional<GemmPlan> plan_sm90(const heuristics::GemmDesc& desc, int device,
 #endif
 
 #if SPENSE_BUILT_SM100
-std::optional<GemmPlan> plan_sm100(const heuristics::GemmDesc& desc, const char* config) {
+std::optional<GemmPlan> plan_sm100(const heuristics::GemmDesc& desc, int device,
+                                   const char* config) {
   namespace h = heuristics::sm100;
   const h::Config* chosen = config ? h::find_config(config) : &h::choose(desc);
   if (!chosen) return std::nullopt;
   GemmPlan plan;
   plan.choice = chosen;
-  plan.schedule = h::schedule(desc, *chosen);
+  plan.schedule = h::schedule(desc, *chosen, sm100::cluster_slots(*chosen, device));
   plan.partial_bytes = h::partial_bytes(*chosen, plan.schedule);
   plan.counters = h::counter_count(*chosen, plan.schedule);
   return plan;
@@ -69,7 +70,8 @@ std::optional<GemmPlan> plan_gemm(const GemmArgs& args, bool fast_accum, const c
   if (device.arch == 90) return plan_sm90(desc, device.index, config);
 #endif
 #if SPENSE_BUILT_SM100
-  if (device.arch == 100) return plan_sm100(desc, config);  // its sums are float32 always
+  // Its sums are float32 always.
+  if (device.arch == 100) return plan_sm100(desc, device.index, config);
 #endif
   static_cast<void>(desc), static_cast<void>(config);
   return std::nullopt;

@@ -76,14 +76,19 @@ Estimate estimate(const GemmDesc& desc, const Config& config, const Machine& mac
 }
 
 const Config& choose(const GemmDesc& desc) {
-  const auto better = [&](const Config& a, const Config& b) {
-    const double x = estimate(desc, a).total_us(), y = estimate(desc, b).total_us();
-    return x != y ? x < y : a.tokens < b.tokens;
-  };
-  return *std::min_element(std::begin(kConfigs), std::end(kConfigs), better);
+  constexpr double kAsGood = 1.05;
+  double us[std::size(kConfigs)];
+  for (size_t i = 0; i < std::size(kConfigs); ++i) us[i] = estimate(desc, kConfigs[i]).total_us();
+  const double least = *std::min_element(std::begin(us), std::end(us));
+  const Config* best = nullptr;
+  for (size_t i = 0; i < std::size(kConfigs); ++i) {
+    if (us[i] > kAsGood * least) continue;
+    if (!best || kConfigs[i].tokens < best->tokens) best = &kConfigs[i];
+  }
+  return *best;
 }
 
-ScheduleParams schedule(const GemmDesc& desc, const Config& config) {
+ScheduleParams schedule(const GemmDesc& desc, const Config& config, int slots) {
   constexpr int kBand = 16;
   ScheduleParams p;
   p.row_tiles = static_cast<int32_t>(desc.row_tiles());
@@ -91,7 +96,10 @@ ScheduleParams schedule(const GemmDesc& desc, const Config& config) {
   p.k_blocks = static_cast<int32_t>(desc.k_blocks());
   p.stream_blocks = static_cast<int32_t>(desc.stream_blocks());
   p.band = std::min(p.token_tiles, kBand);
-  p.clusters = std::max(1, desc.multiprocessors / cluster_ctas(config));
+  // Large clusters leave multiprocessors over in every group of them that a cluster cannot span.
+  const int size = cluster_ctas(config);
+  const int guess = desc.multiprocessors / size * (size > 2 ? 10 : 11) / 11;
+  p.clusters = std::max(1, slots ? slots : guess);
 
   // The cheapest a tile can be, all of it sparse.
   const int32_t steps = steps_of(p.k_blocks),

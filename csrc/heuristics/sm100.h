@@ -114,9 +114,10 @@ struct Estimate {
 };
 Estimate estimate(const GemmDesc& desc, const Config& config, const Machine& machine = {});
 
-// The config with the least estimated time, the smallest token tile among equals.
+// The smallest token tile whose estimate is within 5 % of the least.
 const Config& choose(const GemmDesc& desc);
-ScheduleParams schedule(const GemmDesc& desc, const Config& config);
+// `slots` clusters of the config fit the device at a time; 0: unknown.
+ScheduleParams schedule(const GemmDesc& desc, const Config& config, int slots = 0);
 
 // Partial sums that a launch may need room for, and its counters: one a warp of the epilogue.
 int64_t partial_bytes(const Config& config, const ScheduleParams& schedule);

@@ -186,4 +186,11 @@ void launch_instance(const Params& params, cuda::Stream stream) {
   cuda::launch(kernel, shape, stream, params);
 }
 
+template <class T>
+int max_clusters_instance() {
+  auto* kernel = &hybrid_gemm<T>;
+  cuda::allow_smem(kernel, T::kSmemBytes);
+  return cuda::max_clusters(kernel, dim3(T::kThreads), T::kSmemBytes, T::kClusterCtas);
+}
+
 }  // namespace spense::sm100

@@ -2,14 +2,19 @@
 // From a plan to one of the compiled kernels.
 #include "sm100/launch.h"
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string_view>
+#include <utility>
 
 #include "sm100/params.h"
 
 namespace spense::sm100 {
 
-#define INSTANCE(name, ...) void launch_##name(const Params& params, cuda::Stream stream);
+#define INSTANCE(name, ...)                                      \
+  void launch_##name(const Params& params, cuda::Stream stream); \
+  int max_clusters_##name();
 #include "heuristics/sm100_instances.def"
 #undef INSTANCE
 
@@ -18,9 +23,10 @@ namespace {
 struct Instance {
   std::string_view name;
   void (*launch)(const Params& params, cuda::Stream stream);
+  int (*max_clusters)();
 };
 constexpr Instance kInstances[] = {
-#define INSTANCE(name, ...) {#name, &launch_##name},
+#define INSTANCE(name, ...) {#name, &launch_##name, &max_clusters_##name},
 #include "heuristics/sm100_instances.def"
 #undef INSTANCE
 };
@@ -28,7 +34,23 @@ constexpr Instance kInstances[] = {
 // L2 policies as bulk copies take them: weights that are read once need not stay.
 constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000;
 
+const Instance& instance_of(const heuristics::sm100::Config& config) {
+  for (const Instance& instance : kInstances) {
+    if (instance.name == config.name) return instance;
+  }
+  throw std::logic_error("spense: no kernel for config " + std::string(config.name));
+}
+
 }  // namespace
+
+int cluster_slots(const heuristics::sm100::Config& config, int device) {
+  static std::mutex guard;
+  static std::map<std::pair<std::string_view, int>, int> known;
+  const std::lock_guard lock(guard);
+  const auto [at, fresh] = known.try_emplace({config.name, device}, 0);
+  if (fresh) at->second = instance_of(config).max_clusters() / config.residency;
+  return at->second;
+}
 
 cuda::ByteMatrix x_matrix(const heuristics::sm100::Config& config, const GemmArgs& args) {
   return {args.x, args.m, args.k, args.x_stride, heuristics::sm100::box_tokens(config), true};
@@ -61,10 +83,7 @@ void launch(const heuristics::sm100::Config& config, const heuristics::ScheduleP
   p.n = static_cast<int32_t>(args.n);
   p.out = args.out;
   p.schedule = schedule;
-  for (const Instance& instance : kInstances) {
-    if (instance.name == config.name) return instance.launch(p, stream);
-  }
-  throw std::logic_error("spense: no kernel for config " + std::string(config.name));
+  instance_of(config).launch(p, stream);
 }
 
 }  // namespace spense::sm100

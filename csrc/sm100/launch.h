@@ -12,6 +12,10 @@ namespace spense::sm100 {
 cuda::ByteMatrix x_matrix(const heuristics::sm100::Config& config, const GemmArgs& args);
 cuda::ByteMatrix w_matrix(const GemmArgs& args, int unit_bytes);
 
+// Clusters of a config that the current device, number `device`, holds beside one another for one
+// launch.
+int cluster_slots(const heuristics::sm100::Config& config, int device);
+
 void launch(const heuristics::sm100::Config& config, const heuristics::ScheduleParams& schedule,
             const GemmArgs& args, void* partials, uint32_t* counters, cuda::Stream stream);
 

@@ -4,8 +4,9 @@
 #include "sm100/params.h"
 
 namespace spense::sm100 {
-#define INSTANCE(name, ...) \
-  void launch_##name(const Params&, cuda::Stream) {}
+#define INSTANCE(name, ...)                          \
+  void launch_##name(const Params&, cuda::Stream) {} \
+  int max_clusters_##name() { return 0; }
 #include "heuristics/sm100_instances.def"
 #undef INSTANCE
 }  // namespace spense::sm100

@@ -25,7 +25,8 @@ void launch_if(const Params& params, cuda::Stream stream) {
 #define INSTANCE(name, ...)                                          \
   void launch_##name(const Params& params, cuda::Stream stream) {    \
     launch_if<compiled(#name), Traits<__VA_ARGS__>>(params, stream); \
-  }
+  }                                                                  \
+  int max_clusters_##name() { return 0; }
 #include "heuristics/sm100_instances.def"
 #undef INSTANCE
 
@@ -43,7 +44,9 @@ int main(int count, char** words) {
                          desc.m = args.m, desc.n = args.n, desc.k = args.k;
                          desc.packed_bytes = args.w_bytes;
                          desc.multiprocessors = multiprocessors;
-                         const auto schedule = heuristics::sm100::schedule(desc, config);
+                         const int slots =
+                             multiprocessors / heuristics::sm100::cluster_ctas(config);
+                         const auto schedule = heuristics::sm100::schedule(desc, config, slots);
                          model::machine().regions =
                              problem.regions(heuristics::sm100::partial_bytes(config, schedule),
                                              heuristics::sm100::counter_count(config, schedule));
