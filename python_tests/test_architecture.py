@@ -25,8 +25,7 @@ CSRC_ARROWS = {
     "cuda": {"core", "format", "heuristics", "device", "sm90", "sm100"},
     "sm90": {"core", "format", "heuristics", "device"},
     "sm100": {"core", "format", "heuristics", "device"},
-    "model": {"core", "format", "heuristics", "sm90", "sm100"},
-    "bindings": {"core", "format", "heuristics", "cpu", "model"},
+    "bindings": {"core", "format", "heuristics", "cpu"},
     "torch": {"core", "format", "heuristics", "cpu", "cuda"},
 }
 # Which modules of spense_kernels a module may import.
