@@ -15,7 +15,9 @@ from torch import Tensor
 from spense_kernels import _fake, ops
 from spense_kernels.testing.op_inputs import (
     OpCall,
+    gated_call,
     gemm_call,
+    norm_call,
     pack_call,
     quantize_call,
     unpack_call,
@@ -24,6 +26,10 @@ from spense_kernels.testing.op_inputs import (
 GOOD = {
     "hybrid_gemm": lambda: gemm_call(m=3, n=200, k=512, dense_width=[128, 256], bias=True),
     "quantize_fp8": lambda: quantize_call(m=4, k=200, dtype=torch.bfloat16, gather=True),
+    "rms_norm_quantize": lambda: norm_call(m=4, k=200, dtype=torch.bfloat16),
+    "add_rms_norm_quantize": lambda: norm_call(m=4, k=200, dtype=torch.bfloat16, add=True),
+    "silu_mul_quantize": lambda: gated_call(m=4, k=200, dtype=torch.bfloat16),
+    "gelu_mul_quantize": lambda: gated_call(m=4, k=200, dtype=torch.bfloat16, gelu="tanh"),
     "pack": lambda: pack_call(n=200, k=512, dense_width=[128, 64], k_shards=2),
     "unpack": lambda: unpack_call(n=200, k=512, dense_width=[128, 64], k_shards=2),
 }
@@ -75,8 +81,14 @@ def flat(tensor: Tensor) -> Tensor:
 # The tensors of pack and unpack that differ in nothing but name and size.
 PAYLOAD = {"values": 30208, "indices": 7552, "dense": 41984}
 GEMM, QUANT, PACK, UNPACK = "hybrid_gemm", "quantize_fp8", "pack", "unpack"
+NORM, ADD = "rms_norm_quantize", "add_rms_norm_quantize"
+SILU, GELU = "silu_mul_quantize", "gelu_mul_quantize"
+# Ops that quantise rows, with the name of their first input, and inputs that go with it.
+ROWS = {QUANT: "x", NORM: "x", ADD: "x", SILU: "gate", GELU: "gate"}
+ALIKE = {ADD: "residual", SILU: "up", GELU: "up"}
 U8, I32, F32 = torch.uint8, torch.int32, torch.float32
 E = "expected "
+FLOATS = "dtype bfloat16 or float16 or float32, got "
 
 METADATA_CASES = [
     Bad(GEMM, "x", cast(F32), E + "dtype float8_e4m3fn, got float32"),
@@ -113,14 +125,43 @@ METADATA_CASES = [
         value(torch.float64),
         E + "dtype bfloat16 or float16 or float32, got float64",
     ),
-    Bad(QUANT, "x", cast(torch.float64), E + "dtype bfloat16 or float16 or float32, got float64"),
-    Bad(QUANT, "x", cast(torch.int32), E + "dtype bfloat16 or float16 or float32, got int32"),
-    Bad(QUANT, "x", flat, E + "2 dimensions, got 1"),
-    Bad(QUANT, "x", strided, E + "stride 1 in the last dimension, got 2"),
-    Bad(QUANT, "x", lambda x: x[:, :0], E + "at least 1, got 0", reported="x.shape[1]"),
-    Bad(QUANT, "gather", cast(torch.int64), E + "dtype int32, got int64"),
-    Bad(QUANT, "gather", lambda g: g[1:], E + "shape [200], got [199]"),
-    Bad(QUANT, "gather", strided, E + "a contiguous tensor, got strides [2] for shape [200]"),
+    *(
+        case
+        for op, x in ROWS.items()
+        for case in (
+            Bad(op, x, cast(torch.float64), E + FLOATS + "float64"),
+            Bad(op, x, cast(torch.int32), E + FLOATS + "int32"),
+            Bad(op, x, flat, E + "2 dimensions, got 1"),
+            Bad(op, x, strided, E + "stride 1 in the last dimension, got 2"),
+            Bad(op, x, lambda x: x[:, :0], E + "at least 1, got 0", reported=f"{x}.shape[1]"),
+            Bad(op, "gather", cast(torch.int64), E + "dtype int32, got int64"),
+            Bad(op, "gather", lambda g: g[1:], E + "shape [200], got [199]"),
+            Bad(op, "gather", strided, E + "a contiguous tensor, got strides [2] for shape [200]"),
+        )
+    ),
+    *(
+        case
+        for op, other in ALIKE.items()
+        for case in (
+            Bad(op, other, cast(torch.float16), E + "dtype bfloat16, got float16"),
+            Bad(op, other, flat, E + "2 dimensions, got 1"),
+            Bad(op, other, lambda r: r[:3], E + "shape [4, 200], got [3, 200]"),
+            Bad(op, other, lambda r: r[:, 1:], E + "shape [4, 200], got [4, 199]"),
+            Bad(op, other, strided, E + "stride 1 in the last dimension, got 2"),
+        )
+    ),
+    *(
+        case
+        for op in (NORM, ADD)
+        for case in (
+            Bad(op, "weight", cast(torch.float16), E + "dtype bfloat16 or float32, got float16"),
+            Bad(op, "weight", lambda w: w[None], E + "shape [200], got [1, 200]"),
+            Bad(op, "weight", strided, E + "a contiguous tensor, got strides [2] for shape [200]"),
+            Bad(op, "eps", value(-0.5), E + "at least 0, got -0.5"),
+            Bad(op, "eps", value(float("nan")), E + "at least 0, got nan"),
+        )
+    ),
+    Bad(GELU, "approximate", value("erf"), E + "none or tanh, got erf"),
     *(Bad(PACK, name, cast(I32), E + "dtype uint8, got int32") for name in PAYLOAD),
     *(
         Bad(PACK, name, longer, E + f"shape [{size}], got [{size + 1}]")
@@ -183,7 +224,8 @@ def test_op_and_fake_say_the_same(bad):
 
 def test_every_argument_is_in_the_table():
     tried = {(bad.op, bad.argument) for bad in METADATA_CASES}
-    free = {(GEMM, "fast_accum"), (GEMM, "config")}  # any bool; names are checked below
+    # Any bool; names are checked below.
+    free = {(GEMM, "fast_accum"), (GEMM, "config"), (NORM, "unit_offset"), (ADD, "unit_offset")}
     for name in ops.SCHEMAS:
         schema = getattr(torch.ops.spense, name).default._schema
         assert {(name, a.name) for a in schema.arguments} <= tried | free
@@ -193,7 +235,10 @@ def test_every_argument_is_in_the_table():
     ("op", "argument", "first"),
     [
         *((GEMM, a, "x") for a in ("w_packed", "w_tiles", "x_scale", "w_scale", "bias")),
-        (QUANT, "gather", "x"),
+        *((op, "gather", x) for op, x in ROWS.items()),
+        *((op, other, ROWS[op]) for op, other in ALIKE.items()),
+        (NORM, "weight", "x"),
+        (ADD, "weight", "x"),
         (PACK, "indices", "values"),
         (PACK, "dense", "values"),
         (UNPACK, "w_tiles", "w_packed"),
@@ -225,8 +270,11 @@ DATA_CASES = [
     Bad(GEMM, "w_tiles", changed((1, 0), 99), E + "13 at [1, 0], got 99"),
     Bad(GEMM, "w_tiles", changed((0, 2), -1), E + "2 at [0, 2], got -1"),
     Bad(GEMM, "w_tiles", changed((2, 3), 0), E + "6 at [2, 3], got 0"),
-    Bad(QUANT, "gather", changed(3, 200), E + "columns in [0, 200), got 200 at position 3"),
-    Bad(QUANT, "gather", changed(0, -1), E + "columns in [0, 200), got -1 at position 0"),
+    *(
+        Bad(op, "gather", changed(at, new), E + f"columns in [0, 200), got {new} at position {at}")
+        for op in ROWS
+        for at, new in ((3, 200), (0, -1))
+    ),
     Bad(PACK, "values", changed(7, 0x7F), E + "no NaN byte, got 0x7F"),
     Bad(PACK, "dense", changed(0, 0xFF), E + "no NaN byte, got 0xFF"),
     Bad(PACK, "indices", changed(0, 0x40), E + "a legal 2:4 nibble"),

@@ -15,7 +15,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from spense_kernels import ops
 from spense_kernels.testing.op_inputs import (
     OpCall,
+    gated_call,
     gemm_call,
+    norm_call,
     pack_call,
     quantize_call,
     unpack_call,
@@ -33,6 +35,26 @@ CALLS: dict[str, list[Callable[[], OpCall]]] = {
         lambda: quantize_call(m=4, k=200, dtype=torch.bfloat16, gather=True),
         lambda: quantize_call(m=2, k=128, dtype=torch.float16, gather=False),
         lambda: quantize_call(m=0, k=17, dtype=torch.float32, gather=True),
+    ],
+    "rms_norm_quantize": [
+        lambda: norm_call(m=4, k=200, dtype=torch.bfloat16),
+        lambda: norm_call(m=2, k=128, dtype=torch.float16, gather=False, unit_offset=True),
+        lambda: norm_call(m=0, k=17, dtype=torch.float32),
+    ],
+    "add_rms_norm_quantize": [
+        lambda: norm_call(m=4, k=200, dtype=torch.bfloat16, add=True, weight_dtype=torch.float32),
+        lambda: norm_call(m=1, k=1, dtype=torch.float32, add=True, unit_offset=True),
+        lambda: norm_call(m=0, k=130, dtype=torch.float16, add=True, gather=False),
+    ],
+    "silu_mul_quantize": [
+        lambda: gated_call(m=4, k=200, dtype=torch.bfloat16),
+        lambda: gated_call(m=2, k=17, dtype=torch.float32, gather=False),
+        lambda: gated_call(m=0, k=64, dtype=torch.float16),
+    ],
+    "gelu_mul_quantize": [
+        lambda: gated_call(m=4, k=200, dtype=torch.bfloat16, gelu="none"),
+        lambda: gated_call(m=1, k=300, dtype=torch.float16, gather=False, gelu="tanh"),
+        lambda: gated_call(m=0, k=64, dtype=torch.float32, gelu="tanh"),
     ],
     "pack": [
         lambda: pack_call(n=200, k=512, dense_width=[128, 256]),

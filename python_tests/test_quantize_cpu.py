@@ -25,8 +25,7 @@ def quantize(config: str, x: Tensor, gather: Tensor | None = None) -> tuple[Tens
     m, k = x.shape
     y = torch.full((m, padded_k(k)), 0xAA, dtype=torch.uint8)
     scale = torch.full((m,), -1.0)
-    _C.cpu.quantize(
-        config,
+    rows = _C.cpu.Rows(
         m,
         k,
         str(x.dtype).removeprefix("torch."),
@@ -36,6 +35,7 @@ def quantize(config: str, x: Tensor, gather: Tensor | None = None) -> tuple[Tens
         y.stride(0),
         scale.data_ptr(),
     )
+    _C.cpu.quantize(config, rows)
     assert not y[:, k:].any()
     return y[:, :k], scale
 

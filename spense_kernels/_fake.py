@@ -149,13 +149,13 @@ def hybrid_gemm(
     return x.new_empty((x.shape[0], n), dtype=out_dtype)
 
 
-def quantize_fp8(x: Tensor, gather: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    op = "quantize_fp8"
-    x_arg = _Arg(op, "x", x)
+def _quantized(x_arg: _Arg, gather: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Checks rows that get quantised and their gather; x8 and scale."""
+    op, x = x_arg.op, x_arg.value
     x_arg.rows()
     x_arg.dtype(*FLOATS)
     m, k = x.shape
-    _Arg(op, "x.shape[1]", k).at_least_one()
+    _Arg(op, f"{x_arg.name}.shape[1]", k).at_least_one()
     if gather is not None:
         gather_arg = _Arg(op, "gather", gather)
         gather_arg.dtype(torch.int32)
@@ -164,6 +164,78 @@ def quantize_fp8(x: Tensor, gather: Tensor | None = None) -> tuple[Tensor, Tenso
         gather_arg.same_device(x_arg)
     x8 = x.new_empty((m, padded_k(k)), dtype=torch.float8_e4m3fn)[:, :k]
     return x8, x.new_empty((m,), dtype=torch.float32)
+
+
+def _check_like(arg: _Arg, x_arg: _Arg) -> None:
+    """A second input that goes with x element by element."""
+    arg.rows()
+    arg.dtype(x_arg.value.dtype)
+    arg.shape(*x_arg.value.shape)
+    arg.same_device(x_arg)
+
+
+def quantize_fp8(x: Tensor, gather: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return _quantized(_Arg("quantize_fp8", "x", x), gather)
+
+
+def _normed(
+    op: str, x: Tensor, residual: Tensor | None, weight: Tensor, gather: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    x_arg = _Arg(op, "x", x)
+    result = _quantized(x_arg, gather)
+    if residual is not None:
+        _check_like(_Arg(op, "residual", residual), x_arg)
+    weight_arg = _Arg(op, "weight", weight)
+    weight_arg.dtype(*dict.fromkeys((x.dtype, torch.float32)))
+    weight_arg.shape(x.shape[1])
+    weight_arg.contiguous()
+    weight_arg.same_device(x_arg)
+    _Arg(op, "eps").check(eps >= 0, "at least 0", f"{eps:g}")
+    return result
+
+
+def rms_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    gather: Tensor | None = None,
+    *,
+    eps: float,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return _normed("rms_norm_quantize", x, None, weight, gather, eps)
+
+
+def add_rms_norm_quantize(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    gather: Tensor | None = None,
+    *,
+    eps: float,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x8, scale = _normed("add_rms_norm_quantize", x, residual, weight, gather, eps)
+    return x8, scale, x.new_empty(tuple(x.shape))
+
+
+def silu_mul_quantize(
+    gate: Tensor, up: Tensor, gather: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    gate_arg = _Arg("silu_mul_quantize", "gate", gate)
+    result = _quantized(gate_arg, gather)
+    _check_like(_Arg("silu_mul_quantize", "up", up), gate_arg)
+    return result
+
+
+def gelu_mul_quantize(
+    gate: Tensor, up: Tensor, gather: Tensor | None = None, *, approximate: str = "none"
+) -> tuple[Tensor, Tensor]:
+    op = "gelu_mul_quantize"
+    gate_arg = _Arg(op, "gate", gate)
+    result = _quantized(gate_arg, gather)
+    _check_like(_Arg(op, "up", up), gate_arg)
+    _Arg(op, "approximate").check(approximate in ("none", "tanh"), "none or tanh", approximate)
+    return result
 
 
 def _sizes(op: str, dense_width: Sequence[int], n: int, k: int, k_shards: int) -> tuple[int, ...]:

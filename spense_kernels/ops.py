@@ -27,6 +27,22 @@ SCHEMAS = {
     ),
     # x8[m, p] = e4m3(x[m, gather[p]] / scale[m]), scale[m] = max(amax_k |x[m, k]|, 1e-12) / 448
     "quantize_fp8": "(Tensor x, Tensor? gather=None) -> (Tensor, Tensor)",
+    # quantize_fp8 of x / rms(x) * weight (1 + weight with unit_offset)
+    "rms_norm_quantize": (
+        "(Tensor x, Tensor weight, Tensor? gather=None, *, float eps, bool unit_offset=False) "
+        "-> (Tensor, Tensor)"
+    ),
+    # the same of x + residual, which is the third result
+    "add_rms_norm_quantize": (
+        "(Tensor x, Tensor residual, Tensor weight, Tensor? gather=None, *, float eps, "
+        "bool unit_offset=False) -> (Tensor, Tensor, Tensor)"
+    ),
+    # quantize_fp8 of silu(gate) * up, and of gelu(gate) * up
+    "silu_mul_quantize": "(Tensor gate, Tensor up, Tensor? gather=None) -> (Tensor, Tensor)",
+    "gelu_mul_quantize": (
+        "(Tensor gate, Tensor up, Tensor? gather=None, *, str approximate='none') "
+        "-> (Tensor, Tensor)"
+    ),
     # checkpoint form -> tile stream and tile table
     "pack": (
         "(Tensor values, Tensor indices, Tensor dense, int[] dense_width, *, int n, int k, "
@@ -104,6 +120,88 @@ def quantize_fp8(x: Tensor, gather: Tensor | None = None) -> tuple[Tensor, Tenso
     for an entry of gather outside [0, K).
     """
     return torch.ops.spense.quantize_fp8(x, gather)
+
+
+def rms_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    gather: Tensor | None = None,
+    *,
+    eps: float,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm and `quantize_fp8` in one pass over memory.
+
+    x       bfloat16, float16 or float32 [M, K], stride 1 in the last dimension
+    weight  [K], in the dtype of x or float32
+    gather  int32 [K] or None, as in `quantize_fp8`
+    eps     added to the mean square
+    unit_offset  scales by 1 + weight, as Gemma does
+
+    Steps, in float32 and each rounded on its own, save the one in float64:
+      q = sum of x * x in float64, in an order that is left open, rounded to float32 once
+      r = 1 / sqrt(q / K + eps)                          w = weight, or 1 + weight
+      v = (x * r) * w                                    then `quantize_fp8` of v, from float32
+    so devices agree bit for bit unless q lies within K * 2^-53 of where float32 rounds the other
+    way. Nothing is rounded to the dtype of x in between, as an unfused model does: v is within
+    2^-8 (bfloat16) or 2^-11 (float16) of that model's, relatively.
+
+    Returns x8 and scale as `quantize_fp8` does; a row of v with NaN or infinity gets scale NaN.
+    Raises RuntimeError for a wrong dtype, shape, stride or device, an eps below 0, and on the CPU
+    for an entry of gather outside [0, K). The CUDA kernels take up to 450,000 columns.
+    """
+    return torch.ops.spense.rms_norm_quantize(x, weight, gather, eps=eps, unit_offset=unit_offset)
+
+
+def add_rms_norm_quantize(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    gather: Tensor | None = None,
+    *,
+    eps: float,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rms_norm_quantize` of x + residual, which it returns as well.
+
+    residual  [M, K] in the dtype of x, stride 1 in the last dimension; the rest as there
+
+    Returns x8, scale, and sum [M, K], contiguous: x + residual in float32, rounded to the dtype of
+    x. The norm is that of sum.
+    """
+    return torch.ops.spense.add_rms_norm_quantize(
+        x, residual, weight, gather, eps=eps, unit_offset=unit_offset
+    )
+
+
+def silu_mul_quantize(
+    gate: Tensor, up: Tensor, gather: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`quantize_fp8` of silu(gate) * up in one pass over memory.
+
+    gate, up  bfloat16, float16 or float32 [M, K], both alike, stride 1 in the last dimension; the
+              halves of one [M, 2 K] are fine
+    gather    int32 [K] or None, as in `quantize_fp8`
+
+    v = gate / (1 + 2^(-log2(e) * gate)) * up in float32, its relative error below 2^-15 (the power
+    of two and, on CUDA, the division are approximations); no rounding to the dtype of gate in
+    between. Then as `quantize_fp8`, from float32.
+
+    Returns x8 and scale. A row of v with a NaN or an infinity gets scale NaN. Raises RuntimeError
+    for a wrong dtype, shape, stride or device, and on the CPU for entries of gather outside [0, K).
+    """
+    return torch.ops.spense.silu_mul_quantize(gate, up, gather)
+
+
+def gelu_mul_quantize(
+    gate: Tensor, up: Tensor, gather: Tensor | None = None, *, approximate: str = "none"
+) -> tuple[Tensor, Tensor]:
+    """`silu_mul_quantize` with a GELU: gelu(gate) * up, relative error below 2^-15 as there.
+
+    approximate  of torch.nn.functional.gelu: "none" for gate * Phi(gate), "tanh" for
+                 gate / 2 * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 * gate^3)))
+    """
+    return torch.ops.spense.gelu_mul_quantize(gate, up, gather, approximate=approximate)
 
 
 def pack(

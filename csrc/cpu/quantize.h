@@ -23,10 +23,15 @@ struct QuantizeArgs {
   float* scale = nullptr;
 };
 
+struct NormArgs;   // neighbours.h
+struct GatedArgs;  // neighbours.h
+
 struct QuantizeConfig {
   const char* name;
   bool (*available)();
   void (*run)(const QuantizeArgs& args, int64_t row_begin, int64_t row_end);
+  void (*run_norm)(const NormArgs& args, int64_t row_begin, int64_t row_end);
+  void (*run_gated)(const GatedArgs& args, int64_t row_begin, int64_t row_end);
 };
 
 extern const QuantizeConfig kQuantizeReference, kQuantizePortable;

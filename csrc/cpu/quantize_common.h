@@ -13,12 +13,14 @@ namespace {
 
 constexpr uint32_t kInfinityBits = 0x7F800000u;
 
-struct Bytes {
-  explicit Bytes(int64_t count) : data(new uint8_t[count]) {}
-  Bytes(const Bytes&) = delete;
-  ~Bytes() { delete[] data; }
-  uint8_t* data;
+template <typename T>
+struct Buffer {
+  explicit Buffer(int64_t count) : data(new T[count]) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { delete[] data; }
+  T* data;
 };
+using Bytes = Buffer<uint8_t>;
 
 // Eight at a time: a store a byte would make the compiler read the places one by one.
 [[maybe_unused]] void gather_bytes(const uint8_t* from, const int32_t* places, int64_t count,
@@ -36,26 +38,34 @@ struct Bytes {
 //   amax_bits(x, k, type): bits of the largest magnitude in float32; NaNs and infinities are
 //                          >= kInfinityBits
 //   convert(x, k, type, inverse, y): y[i] = e4m3(x[i] * inverse)
+//
+// Quantises x, one row of elements of `type`, as row m of args. `bytes` has room for k of them
+// where there is a gather: rows are quantised in place and gathered as bytes, which costs less.
+template <typename Row>
+void quantize_row(const void* x, FloatType type, const QuantizeArgs& args, int64_t m,
+                  uint8_t* bytes) {
+  uint8_t* y = args.y + m * args.y_stride;
+  const uint32_t amax_bits = Row::amax_bits(x, args.k, type);
+  std::memset(y + args.k, 0, args.y_stride - args.k);
+  if (amax_bits >= kInfinityBits) {
+    args.scale[m] = __builtin_nanf("");
+    std::memset(y, kE4m3Nan, args.k);
+    return;
+  }
+  const float amax = std::bit_cast<float>(amax_bits);
+  const float scale = (amax > 1e-12f ? amax : 1e-12f) * (1.0f / 448.0f);
+  args.scale[m] = scale;
+  uint8_t* target = args.gather ? bytes : y;
+  Row::convert(x, args.k, type, 1.0f / scale, target);
+  if (args.gather) gather_bytes(target, args.gather, args.k, y);
+}
+
 template <typename Row>
 void quantize_rows(const QuantizeArgs& args, int64_t row_begin, int64_t row_end) {
-  // Rows are quantised in place and gathered as bytes: a gather of bytes costs less.
   const Bytes bytes(args.gather ? args.k : 0);
   for (int64_t m = row_begin; m < row_end; ++m) {
     const char* x = static_cast<const char*>(args.x) + m * args.x_stride * bytes_of(args.in);
-    uint8_t* y = args.y + m * args.y_stride;
-    const uint32_t amax_bits = Row::amax_bits(x, args.k, args.in);
-    std::memset(y + args.k, 0, args.y_stride - args.k);
-    if (amax_bits >= kInfinityBits) {
-      args.scale[m] = __builtin_nanf("");
-      std::memset(y, kE4m3Nan, args.k);
-      continue;
-    }
-    const float amax = std::bit_cast<float>(amax_bits);
-    const float scale = (amax > 1e-12f ? amax : 1e-12f) * (1.0f / 448.0f);
-    args.scale[m] = scale;
-    uint8_t* target = args.gather ? bytes.data : y;
-    Row::convert(x, args.k, args.in, 1.0f / scale, target);
-    if (args.gather) gather_bytes(target, args.gather, args.k, y);
+    quantize_row<Row>(x, args.in, args, m, bytes.data);
   }
 }
 

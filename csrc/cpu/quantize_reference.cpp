@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // One value at a time.
-#include "cpu/quantize_common.h"
+#include "cpu/neighbours_loops.h"
 
 namespace spense::cpu {
 namespace {
@@ -23,6 +23,6 @@ struct Row {
 }  // namespace
 
 const QuantizeConfig kQuantizeReference = {"reference", quantize_always_available,
-                                           quantize_rows<Row>};
+                                           quantize_rows<Row>, norm_rows<Row>, gated_rows<Row>};
 
 }  // namespace spense::cpu

@@ -42,20 +42,19 @@ inline void throw_unless_ok(const char* op, const format::Status& status) {
     throw std::runtime_error("spense::" + std::string(op) + ": " + status.message());
 }
 
-// Checks quantize_fp8's arguments, save what takes reading gather.
-inline void check_quantize(const Tensor& x, const std::optional<Tensor>& gather) {
-  constexpr const char* op = "quantize_fp8";
-  const TensorArg x_arg = SPENSE_ARG(op, x);
-  check_rows(x_arg);
-  float_type(x_arg, x.scalar_type());
-  check_at_least_one({op, "x.shape[1]"}, x.size(1));
-  if (gather) {
-    const TensorArg gather_arg{{op, "gather"}, *gather};
-    check_dtype(gather_arg, {ScalarType::Int});
-    check_shape(gather_arg, {x.size(1)});
-    check_contiguous(gather_arg);
-    check_same_device(gather_arg, x_arg);
-  }
+// Rows that get quantised, [m, k] in a float dtype, and their gather, int32 [k] or none: checks all
+// save what takes reading gather.
+inline void check_rows_to_quantize(const TensorArg& x, const std::optional<Tensor>& gather) {
+  check_rows(x);
+  float_type(x, x.tensor.scalar_type());
+  const std::string columns = std::string(x.name) + ".shape[1]";
+  check_at_least_one({x.op, columns.c_str()}, x.tensor.size(1));
+  if (!gather) return;
+  const TensorArg arg{{x.op, "gather"}, *gather};
+  check_dtype(arg, {ScalarType::Int});
+  check_shape(arg, {x.tensor.size(1)});
+  check_contiguous(arg);
+  check_same_device(arg, x);
 }
 
 // The split as pack and unpack get it. `widths` must outlive the result.

@@ -92,7 +92,7 @@ Tensor hybrid_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& w_tile
 
 std::tuple<Tensor, Tensor> quantize_fp8(const Tensor& x, std::optional<Tensor> gather) {
   constexpr const char* op = "quantize_fp8";
-  check_quantize(x, gather);
+  check_rows_to_quantize(SPENSE_ARG(op, x), gather);
   const DeviceScope scope(x);
   cuda::QuantizeArgs args;
   args.in = float_type({op, "x"}, x.scalar_type());

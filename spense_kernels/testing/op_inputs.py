@@ -95,6 +95,37 @@ def quantize_call(*, m: int, k: int, dtype: torch.dtype, gather: bool) -> OpCall
     return OpCall("quantize_fp8", {"x": torch.randn(m, k).to(dtype), "gather": order})
 
 
+def norm_call(
+    *,
+    m: int,
+    k: int,
+    dtype: torch.dtype,
+    gather: bool = True,
+    add: bool = False,
+    unit_offset: bool = False,
+    weight_dtype: torch.dtype | None = None,
+) -> OpCall:
+    args: dict[str, object] = {"x": torch.randn(m, k).to(dtype)}
+    if add:
+        args["residual"] = torch.randn(m, k).to(dtype)
+    args["weight"] = torch.randn(k).to(weight_dtype or dtype)
+    args["gather"] = torch.randperm(k, dtype=torch.int32) if gather else None
+    name = "add_rms_norm_quantize" if add else "rms_norm_quantize"
+    return OpCall(name, args, {"eps": 1e-6, "unit_offset": unit_offset})
+
+
+def gated_call(
+    *, m: int, k: int, dtype: torch.dtype, gather: bool = True, gelu: str | None = None
+) -> OpCall:
+    """silu_mul_quantize, or gelu_mul_quantize with approximate = `gelu`, of one [m, 2 k] tensor."""
+    both = (2 * torch.randn(m, 2 * k)).to(dtype)
+    order = torch.randperm(k, dtype=torch.int32) if gather else None
+    args = {"gate": both[:, :k], "up": both[:, k:], "gather": order}
+    if gelu is None:
+        return OpCall("silu_mul_quantize", args)
+    return OpCall("gelu_mul_quantize", args, {"approximate": gelu})
+
+
 def gemm_call(
     *,
     m: int,
