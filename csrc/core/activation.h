@@ -22,10 +22,14 @@ inline constexpr float kGeluCubic = -0.102943240f;   // 0.044715 times that
 inline constexpr float kGeluSquare = -0.721347520f;  // -log2(e) / 2
 inline constexpr float kInverseSqrt2 = 0.707106781f;
 inline constexpr float kLargestH = 10.0f;
-inline constexpr float kTail[] = {0x1.20db42p-3f,  0x1.212700p-3f,  0x1.f1e04ep-4f,
-                                  0x1.9f1aa8p-4f,  -0x1.b44358p-7f, 0x1.1cbe54p-3f,
-                                  -0x1.f2e528p-3f, 0x1.2367f0p-3f,  -0x1.e3e520p-6f};
 inline constexpr int kTailDegree = 8;
+// Coefficients of q. A function, because device code has no namespace-scope arrays.
+constexpr float tail(int i) {
+  constexpr float kCoefficients[] = {0x1.20db42p-3f,  0x1.212700p-3f,  0x1.f1e04ep-4f,
+                                     0x1.9f1aa8p-4f,  -0x1.b44358p-7f, 0x1.1cbe54p-3f,
+                                     -0x1.f2e528p-3f, 0x1.2367f0p-3f,  -0x1.e3e520p-6f};
+  return kCoefficients[i];
+}
 
 // 2^f for f in [-1/2, 1/2], relative error below 2e-9 before rounding.
 inline constexpr float kExp2[] = {1.0f,           0x1.62e430p-1f,  0x1.ebfbdap-3f, 0x1.c6aed4p-5f,

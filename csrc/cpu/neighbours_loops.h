@@ -42,8 +42,8 @@ float activate(float g) {
   } else {
     const float magnitude = std::bit_cast<float>(std::bit_cast<uint32_t>(g) & 0x7FFFFFFFu);
     const float r = 1.0f / (1.0f + 0.5f * min_of(magnitude * kInverseSqrt2, kLargestH));
-    float q = kTail[kTailDegree];
-    for (int i = kTailDegree - 1; i >= 0; --i) q = q * r + kTail[i];
+    float q = activation::tail(kTailDegree);
+    for (int i = kTailDegree - 1; i >= 0; --i) q = q * r + activation::tail(i);
     const float tail = exp2_clamped(kGeluSquare * (g * g)) * (q * r);
     return g * choose(g < 0.0f, tail, 1.0f - tail);
   }

@@ -115,12 +115,24 @@ def norm_call(
 
 
 def gated_call(
-    *, m: int, k: int, dtype: torch.dtype, gather: bool = True, gelu: str | None = None
+    *,
+    m: int,
+    k: int,
+    dtype: torch.dtype,
+    gather: bool = True,
+    gelu: str | None = None,
+    halves: bool = True,
 ) -> OpCall:
-    """silu_mul_quantize, or gelu_mul_quantize with approximate = `gelu`, of one [m, 2 k] tensor."""
-    both = (2 * torch.randn(m, 2 * k)).to(dtype)
+    """silu_mul_quantize, or gelu_mul_quantize with approximate = `gelu`.
+
+    Args:
+        halves: gate and up are parts of one [m, 2 k] tensor, as one GEMM leaves them.
+    """
+    gate, up = (2 * torch.randn(m, 2 * k)).to(dtype).chunk(2, dim=1)
+    if not halves:
+        gate, up = (t.clone(memory_format=torch.contiguous_format) for t in (gate, up))
     order = torch.randperm(k, dtype=torch.int32) if gather else None
-    args = {"gate": both[:, :k], "up": both[:, k:], "gather": order}
+    args = {"gate": gate, "up": up, "gather": order}
     if gelu is None:
         return OpCall("silu_mul_quantize", args)
     return OpCall("gelu_mul_quantize", args, {"approximate": gelu})
