@@ -31,7 +31,8 @@ CSRC_ARROWS = {
 # Which modules of spense_kernels a module may import.
 BASE = {"errors", "layout", "_load", "_fake", "ops", "env"}
 WEIGHTS = BASE | {"format", "quant"}
-MODELS = WEIGHTS | {"linear", "fusion", "checkpoint", "models", "evaluate", "progress"}
+FUSED = WEIGHTS | {"linear", "fusion", "neighbours"}
+MODELS = FUSED | {"checkpoint", "models", "evaluate", "progress"}
 PYTHON_ARROWS = {
     "errors": set(),
     "layout": set(),
@@ -44,7 +45,8 @@ PYTHON_ARROWS = {
     "format": BASE | {"quant"},
     "linear": WEIGHTS,
     "fusion": WEIGHTS | {"linear"},
-    "checkpoint": WEIGHTS | {"linear", "fusion"},
+    "neighbours": WEIGHTS | {"linear", "fusion"},
+    "checkpoint": FUSED,
     "models": MODELS - {"evaluate"},
     "evaluate": MODELS,
     "prune": MODELS,

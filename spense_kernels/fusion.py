@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spense_kernels.errors import SpenseError
 from spense_kernels.format import HybridWeight, Split
-from spense_kernels.linear import PackedLinear, SpenseLinear
+from spense_kernels.linear import PackedLinear, QuantizedRows, SpenseLinear
 
 # Names of sibling modules that are called with the same input, in the order of their rows.
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -37,9 +37,9 @@ class FusedProjections(PackedLinear):
         self.splits = [weight.split for weight in weights]
         self.ranges = Split.stack_rows(self.splits)
         # (input, all rows of its output, parts that have not taken theirs), or None.
-        self._pending: tuple[Tensor, Tensor, tuple[int, ...]] | None = None
+        self._pending: tuple[Tensor | QuantizedRows, Tensor, tuple[int, ...]] | None = None
 
-    def part(self, x: Tensor, index: int) -> Tensor:
+    def part(self, x: Tensor | QuantizedRows, index: int) -> Tensor:
         """Rows of part `index` of the output for x; a view when the parts are called in turn."""
         pending = self._pending
         if pending is not None and pending[0] is x and index in pending[2]:
@@ -87,7 +87,15 @@ class FusedPart(SpenseLinear):
         first, last = self._group.ranges[self._index]
         return None if self._group.bias is None else self._group.bias[first:last]
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def gather(self) -> Tensor | None:
+        return self._group.gather
+
+    @property
+    def k_gather(self) -> Tensor:
+        return self._group.k_gather
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """[..., in_features] -> [..., out_features], a view of the output of all parts."""
         return self._group.part(x, self._index)
 
@@ -154,7 +162,7 @@ def _alike(parent: nn.Module, names: Sequence[str]) -> list[tuple[str, ...]]:
     found: list[list[str]] = []
     for name in names:
         layer = parent._modules.get(name)
-        if type(layer) is not SpenseLinear or layer.split is None or _hooked(layer):
+        if type(layer) is not SpenseLinear or layer.split is None or hooked(layer):
             continue
         for others in found:
             if _same_input(getattr(parent, others[0]), layer):
@@ -174,6 +182,6 @@ def _same_input(a: SpenseLinear, b: SpenseLinear) -> bool:
     )
 
 
-def _hooked(layer: nn.Module) -> bool:
+def hooked(layer: nn.Module) -> bool:
     """Whether something hangs on this very module that would be lost with it."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"))

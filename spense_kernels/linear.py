@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,20 @@ from spense_kernels.errors import FormatError, SpenseError
 from spense_kernels.format import HybridWeight, PackedWeight, Split
 from spense_kernels.format.groups import keep_largest_two
 from spense_kernels.format.validate import DTYPES, TENSORS
+
+
+class QuantizedRows(NamedTuple):
+    """Stands for an input x of a PackedLinear that is quantised, in that layer's gather order.
+
+    Attributes:
+        x8: float8_e4m3fn [M, K]; x_scale: float32 [M], as `quantize_fp8` makes them.
+        shape, dtype: of x, [..., K] with M rows.
+    """
+
+    x8: Tensor
+    x_scale: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class PackedLinear(nn.Module):
@@ -34,6 +49,7 @@ class PackedLinear(nn.Module):
         self.out_features = out_features
         self.has_bias = bool(bias)
         self.split: Split | None = None
+        self._in_order = False
         device = device or torch.get_default_device()
         empty = {
             "w_packed": torch.empty(0, dtype=torch.uint8, device=device),
@@ -47,9 +63,10 @@ class PackedLinear(nn.Module):
             # them there. (An absent one stays persistent: accelerate trips over it otherwise.)
             self.register_buffer(name, buffer, persistent=buffer is None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """[..., in_features] in bf16, fp16 or fp32 -> [..., out_features] in the same dtype.
 
+        x may come quantised, in the order of `gather`, from another op than `quantize_fp8`.
         A backward pass raises NotImplementedError: the layer is for inference.
         """
         if self.split is None:
@@ -59,15 +76,16 @@ class PackedLinear(nn.Module):
                 f"{type(self).__name__}: x must have {self.in_features} columns (in_features), "
                 f"got {list(x.shape)}"
             )
-        rows = x.reshape(-1, self.in_features)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        x8, x_scale = ops.quantize_fp8(rows, self.k_gather)
+        if not isinstance(x, QuantizedRows):
+            rows = x.reshape(-1, self.in_features)
+            if rows.stride(1) != 1:
+                rows = rows.contiguous()
+            x = QuantizedRows(*ops.quantize_fp8(rows, self.gather), x.shape, x.dtype)
         y = ops.hybrid_gemm(
-            x8,
+            x.x8,
             self.w_packed,
             self.w_tiles,
-            x_scale,
+            x.x_scale,
             self.w_scale,
             self.bias,
             n=self.out_features,
@@ -75,6 +93,11 @@ class PackedLinear(nn.Module):
             out_dtype=x.dtype,
         )
         return y.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def gather(self) -> Tensor | None:
+        """What `quantize_fp8` takes for this layer: k_gather, or None where it changes nothing."""
+        return None if self._in_order else self.k_gather
 
     def hybrid_weight(self) -> HybridWeight:
         """The weight in the checkpoint form, unpacked from the tile stream (a copy)."""
@@ -99,6 +122,8 @@ class PackedLinear(nn.Module):
         packed = weight.pack(device)
         self.split = weight.split
         self.w_packed, self.w_tiles, self.k_gather = packed.w_packed, packed.w_tiles, packed.gather
+        order = weight.split.gather()
+        self._in_order = bool((order == torch.arange(len(order), dtype=order.dtype)).all())
         self.w_scale = weight.w_scale.detach().to(device, copy=True)
         self.bias = None if weight.bias is None else weight.bias.detach().to(device, copy=True)
 

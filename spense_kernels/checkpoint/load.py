@@ -8,9 +8,9 @@ import os
 import torch
 from torch import nn
 
+from spense_kernels import neighbours
 from spense_kernels.checkpoint.reader import CheckpointReader
 from spense_kernels.checkpoint.skeleton import build_skeleton, expected_tensors, set_tensor
-from spense_kernels.fusion import fuse_projections
 from spense_kernels.linear import SpenseLinear
 
 
@@ -26,7 +26,8 @@ def load_checkpoint(
         path: folder that `save_checkpoint` wrote.
         device: where the model goes, one layer at a time.
         dtype: of the parts that are not converted (embeddings, norms); None as stored.
-        fuse: make one GEMM of q, k, v and of gate, up (`fuse_projections`); None: on CUDA.
+        fuse: make one GEMM of q, k, v and of gate, up, and let norms and activations quantise
+            (`fuse_projections`, `fuse_neighbours`); None: on CUDA.
 
     Raises CheckpointError that names the tensor when one is missing, unexpected, of a wrong shape
     or dtype, damaged or illegal, or when config.json does not fit.
@@ -52,7 +53,7 @@ def load_checkpoint(
     _load_generation_config(model, reader)
     model.config.quantization_config = reader.config.to_dict()
     if device.type == "cuda" if fuse is None else fuse:
-        fuse_projections(model)
+        neighbours.fuse(model)
     return model.eval().requires_grad_(False)
 
 

@@ -32,7 +32,8 @@ class SpenseConfig(QuantizationConfigMixin):
         k_shards: K shards of row-parallel projections, for tensor parallelism.
         modules_to_not_convert: parts of names of linear layers to leave as they are. Layers outside
             the decoder layers, such as lm_head, always stay.
-        fuse: make one GEMM of q, k, v and of gate, up; None does it on CUDA.
+        fuse: make one GEMM of q, k, v and of gate, up, and let norms and activations quantise; None
+            does it on CUDA.
         stored: checkpoint.SpenseConfig, or None before the model is pruned.
 
     Raises PruneError for settings that contradict each other.

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from spense_kernels import neighbours
 from spense_kernels.checkpoint.config import QUANT_METHOD
 from spense_kernels.errors import CheckpointError
-from spense_kernels.fusion import fuse_projections, unfuse_projections
 
 # Arguments that say where a config is found; the others concern the model.
 _WHERE = ("cache_dir", "revision", "subfolder", "token", "local_files_only", "trust_remote_code")
@@ -21,7 +21,8 @@ def load(path: str | os.PathLike, *, fuse: bool | None = None, **kwargs: Any) ->
 
     Args:
         path: folder, or the name of a repository on the Hugging Face hub.
-        fuse: whether q, k, v and gate, up become one GEMM each; None: on CUDA.
+        fuse: whether q, k, v and gate, up become one GEMM each, and norms and activations quantise;
+            None: on CUDA.
         kwargs: of `AutoModelForCausalLM.from_pretrained`, such as device_map and dtype.
 
     Raises CheckpointError when path is no spense checkpoint, or for anything wrong with it.
@@ -39,5 +40,5 @@ def load(path: str | os.PathLike, *, fuse: bool | None = None, **kwargs: Any) ->
         )
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     if fuse is not None:
-        (fuse_projections if fuse else unfuse_projections)(model)
+        (neighbours.fuse if fuse else neighbours.unfuse)(model)
     return model

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
+from spense_kernels import neighbours
 from spense_kernels.checkpoint.save import describe_model
 from spense_kernels.checkpoint.storage import (
     DIGEST_PREFIX,
@@ -18,7 +19,6 @@ from spense_kernels.checkpoint.storage import (
     tensor_digest,
 )
 from spense_kernels.errors import CheckpointError, SpenseError
-from spense_kernels.fusion import fuse_projections, unfuse_projections
 from spense_kernels.hf.config import SpenseConfig
 from spense_kernels.hf.layers import LayerLoader
 from spense_kernels.linear import SpenseLinear
@@ -81,7 +81,7 @@ class SpenseQuantizer(HfQuantizer):
         layers = [m for m in model.modules() if isinstance(m, SpenseLinear)]
         on_cuda = all(layer.w_packed.is_cuda for layer in layers)
         if on_cuda if config.fuse is None else config.fuse:
-            fuse_projections(model)
+            neighbours.fuse(model)
 
     def get_state_dict_and_metadata(
         self, model: nn.Module
@@ -122,7 +122,7 @@ class SpenseQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype.removeprefix("torch."))
-        unfuse_projections(model)
+        neighbours.unfuse(model)
         for name, layer in list(model.named_modules()):
             if isinstance(layer, SpenseLinear):
                 model.set_submodule(name, layer.dequantize(dtype or torch.bfloat16))

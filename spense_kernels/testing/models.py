@@ -26,6 +26,7 @@ TINY = {
     "MistralForCausalLM": ("MistralConfig", {"sliding_window": 5}),
     "Qwen2ForCausalLM": ("Qwen2Config", {}),
     "Qwen3ForCausalLM": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True}),
+    "SeedOssForCausalLM": ("SeedOssConfig", {"head_dim": 16, "attention_out_bias": False}),
     "Gemma3ForCausalLM": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 5}),
 }
 

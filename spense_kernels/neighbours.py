@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Norms and activations of transformers' decoder layers that quantise what they compute.
+
+A layer keeps its modules, names and weights; its forward pass calls `rms_norm_quantize`,
+`add_rms_norm_quantize` and `silu_mul_quantize` or `gelu_mul_quantize` where it would compute a norm
+or an activation, round it, and have `quantize_fp8` read it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spense_kernels import ops
+from spense_kernels.fusion import fuse_projections, hooked, unfuse_projections
+from spense_kernels.linear import QuantizedRows, SpenseLinear
+
+# RMSNorm classes: attribute of eps, and whether the weight counts from 1.
+_LLAMA, _GEMMA = ("variance_epsilon", False), ("eps", True)
+NORMS = {
+    "LlamaRMSNorm": _LLAMA,
+    "MistralRMSNorm": _LLAMA,
+    "Qwen2RMSNorm": _LLAMA,
+    "Qwen3RMSNorm": _LLAMA,
+    "SeedOssRMSNorm": _LLAMA,
+    "Gemma3RMSNorm": _GEMMA,
+}
+# Layers whose attention uses its input in q_proj, k_proj and v_proj only, by what they do:
+# x + attention(norm(x)), then x + mlp(norm(x)).
+PRE_NORM = (
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen3DecoderLayer",
+    "SeedOssDecoderLayer",
+)
+# The same with another norm behind attention and behind the mlp.
+SANDWICH_NORM = ("Gemma3DecoderLayer",)
+# down_proj(act_fn(gate_proj(x)) * up_proj(x))
+GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SeedOssMLP", "Gemma3MLP")
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """`fuse_projections`, then `fuse_neighbours`: what models get that are loaded onto CUDA."""
+    fuse_projections(model)
+    fuse_neighbours(model)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undoes `fuse`."""
+    unfuse_neighbours(model)
+    unfuse_projections(model)
+    return model
+
+
+def fuse_neighbours(model: nn.Module) -> list[str]:
+    """Lets norms and gated activations quantise what they compute, in place.
+
+    Changes layers of Llama, Mistral, Qwen2, Qwen3, Seed-OSS and Gemma 3 whose projections are
+    SpenseLinear of one k_perm each (q, k, v; gate, up); others, and modules with hooks, stay.
+    Results differ from those before by the roundings to the model's dtype that no longer happen
+    (`ops.rms_norm_quantize` states them). `unfuse_neighbours` undoes it; saving does not notice.
+
+    Returns the names of the modules that were changed.
+    """
+    done = []
+    for name, module in list(model.named_modules()):
+        fused = _fused_class(module)
+        if fused is not None:
+            base = type(module)
+            own = {"unfused": base, **fused[1]}
+            module.__class__ = type(f"Fused{base.__name__}", (fused[0], base), own)
+            done.append(name)
+    return done
+
+
+def unfuse_neighbours(model: nn.Module) -> None:
+    """Gives every module that `fuse_neighbours` changed its own forward pass back."""
+    for module in model.modules():
+        if isinstance(module, _Fused):
+            module.__class__ = module.unfused
+
+
+class _Fused:
+    """Mixed into the class of a module; `unfused` is the class it had."""
+
+    unfused: type[nn.Module]
+
+
+class _PreNormLayer(_Fused):
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        x = norm(self.input_layernorm, hidden_states, self.self_attn.q_proj)
+        x, _ = self.self_attn(hidden_states=x, **kwargs)
+        x, total = add_norm(self.post_attention_layernorm, x, hidden_states, self.mlp.gate_proj)
+        return total + self.mlp(x)
+
+
+class _SandwichNormLayer(_Fused):
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        x = norm(self.input_layernorm, hidden_states, self.self_attn.q_proj)
+        x, _ = self.self_attn(hidden_states=x, **kwargs)
+        x = self.post_attention_layernorm(x)
+        x, total = add_norm(self.pre_feedforward_layernorm, x, hidden_states, self.mlp.gate_proj)
+        return total + self.post_feedforward_layernorm(self.mlp(x))
+
+
+class _GatedMlp(_Fused):
+    multiply_and_quantize: Callable  # one of the ops below
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        rows = [t.reshape(-1, t.shape[-1]) for t in (gate, up)]
+        x8, scale = self.multiply_and_quantize(*rows, self.down_proj.gather)
+        return self.down_proj(QuantizedRows(x8, scale, gate.shape, gate.dtype))
+
+
+def norm(layer: nn.Module, x: Tensor, into: SpenseLinear) -> QuantizedRows:
+    """What the RMSNorm `layer` makes of x, quantised for `into`."""
+    attribute, unit_offset = NORMS[type(layer).__name__]
+    x8, scale = ops.rms_norm_quantize(
+        _rows(x), layer.weight, into.gather, eps=getattr(layer, attribute), unit_offset=unit_offset
+    )
+    return QuantizedRows(x8, scale, x.shape, x.dtype)
+
+
+def add_norm(
+    layer: nn.Module, x: Tensor, residual: Tensor, into: SpenseLinear
+) -> tuple[QuantizedRows, Tensor]:
+    """The same of x + residual, and that sum."""
+    attribute, unit_offset = NORMS[type(layer).__name__]
+    x8, scale, total = ops.add_rms_norm_quantize(
+        _rows(x),
+        _rows(residual),
+        layer.weight,
+        into.gather,
+        eps=getattr(layer, attribute),
+        unit_offset=unit_offset,
+    )
+    return QuantizedRows(x8, scale, x.shape, x.dtype), total.view(x.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _gelu_tanh(gate: Tensor, up: Tensor, gather: Tensor | None) -> tuple[Tensor, Tensor]:
+    return ops.gelu_mul_quantize(gate, up, gather, approximate="tanh")
+
+
+# (activation, op)
+_ACTIVATIONS: tuple[tuple[Callable[[Tensor], Tensor], Callable], ...] = (
+    (F.silu, ops.silu_mul_quantize),
+    (lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh),
+    (F.gelu, ops.gelu_mul_quantize),
+)
+
+
+def _gated_op(function: nn.Module) -> Callable | None:
+    """The op for the activation that this module computes, which its values tell."""
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64, device="cpu")
+    try:
+        y = function(x)
+    except (RuntimeError, TypeError):
+        return None
+    for known, op in _ACTIVATIONS:
+        if torch.allclose(y, known(x), rtol=0, atol=1e-9):
+            return op
+    return None
+
+
+def _fused_class(module: nn.Module) -> tuple[type, dict[str, object]] | None:
+    """The mixin for this module and its own attributes, or None where it has to stay as it is."""
+    name = type(module).__name__
+    if hooked(module):
+        return None
+    if name in GATED_MLPS:
+        op = _gated_op(module.act_fn)
+        if op is None or not _spense(module, "down_proj"):
+            return None
+        return _GatedMlp, {"multiply_and_quantize": staticmethod(op)}
+    if name in PRE_NORM:
+        fused, norms = _PreNormLayer, ("input_layernorm", "post_attention_layernorm")
+    elif name in SANDWICH_NORM:
+        fused, norms = _SandwichNormLayer, ("input_layernorm", "pre_feedforward_layernorm")
+    else:
+        return None
+    parts = [getattr(module, norm_name) for norm_name in norms]
+    if any(type(part).__name__ not in NORMS or hooked(part) for part in parts):
+        return None
+    attention, mlp = module.self_attn, module.mlp
+    if type(mlp).__name__ not in GATED_MLPS or hooked(attention) or hooked(mlp):
+        return None
+    same = _spense(attention, "q_proj", "k_proj", "v_proj") and _spense(mlp, "gate_proj", "up_proj")
+    return (fused, {}) if same else None
+
+
+def _spense(parent: nn.Module, *names: str) -> bool:
+    """Whether these children are SpenseLinear layers that take x in one and the same order."""
+    layers = [getattr(parent, name) for name in names]
+    if not all(isinstance(layer, SpenseLinear) and not hooked(layer) for layer in layers):
+        return False
+    if any(layer.split is None for layer in layers):
+        return False
+    first = layers[0].k_gather
+    return all(
+        layer.k_gather is first
+        or (layer.k_gather.device == first.device and torch.equal(layer.k_gather, first))
+        for layer in layers[1:]
+    )
