@@ -21,6 +21,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes")
+    parser.addoption("--results", help="file where tests of an engine write what they saw")
+    parser.addoption("--demo-checkpoint", help="pruned Gemma of `spense demo`, for engines' tests")
 
 
 def why_no_gpu() -> str | None:

@@ -51,6 +51,7 @@ PYTHON_ARROWS = {
     "evaluate": MODELS,
     "prune": MODELS,
     "hf": MODELS | {"prune"},
+    "vllm": WEIGHTS | {"checkpoint"},
     "_register": set(),
     "testing": MODELS,
     "demo": MODELS | {"prune"},
