@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole-model decoding on one GPU: a CUDA-graphed step with a static cache, and a prompt.
+
+    python bench/decode.py --models qwen3-32b --out bench/results/decode.json
+    python bench/decode.py --models seed-oss-36b --cache fp8 --batch 64 128 \\
+        --out bench/results/decode.json --merge bench/results/decode.json
+
+Weights and cache are random, of the real shapes. What does not fit the card is named and left out.
+Every run times the dense model first, so that speed-ups compare what ran on one warm card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from decoding.attention import fastest
+from decoding.linears import KINDS, factory
+from decoding.models import MODELS, ModelShape
+from decoding.results import HEADER, Results, line
+from decoding.step import PARTS, Cache, Step, Weights
+from gemm.machine import clocks, machine
+from gemm.timing import Recorder
+
+CACHES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+SECONDS = 0.5  # of replays, of a whole step and of each part
+GIB = 1 << 30
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["qwen3-32b"], choices=MODELS)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--dense", nargs="+", type=float, default=[0.25], help="dense fractions")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 64, 128])
+    parser.add_argument("--context", nargs="+", type=int, default=[1024])
+    parser.add_argument("--cache", nargs="+", default=list(CACHES), choices=CACHES)
+    parser.add_argument("--prefill", nargs="*", type=int, default=[2048], help="prompt lengths")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try things")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--no-parts", action="store_true", help="leave the breakdown out")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--merge", nargs="*", type=Path, default=[])
+    return parser.parse_args(arguments)
+
+
+class Runner:
+    """Times steps of one device and keeps them."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = torch.device(args.device)
+        self.recorder = Recorder(self.device)
+        self.results = Results(args.out, machine(self.device), args.merge)
+        # Every batch and context is compiled on its own.
+        torch._dynamo.config.recompile_limit = 1000
+        torch._dynamo.config.accumulated_recompile_limit = 10000
+
+    def model(self, shape: ModelShape) -> None:
+        shape = replace(shape, layers=self.args.layers or shape.layers)
+        for kind in sorted(self.args.kinds, key=KINDS.index):
+            for d in [None] if kind == "dense" else self.args.dense:
+                self._kind(shape, kind, d)
+
+    def _kind(self, shape: ModelShape, kind: str, d: float | None) -> None:
+        rows = [*self.args.batch, *self.args.prefill]
+        make = factory(kind, d, self.device, rows, self.recorder)
+        weights = None
+        try:
+            weights = Weights(shape, make, self.device)
+            for length in self.args.prefill:
+                self._time(weights, kind, d, "prefill", 1, length, "bf16")
+            for cache in self.args.cache:
+                for context in self.args.context:
+                    for batch in self.args.batch:
+                        self._time(weights, kind, d, "decode", batch, context, cache)
+        except torch.OutOfMemoryError:
+            print(f"{shape.name} {kind}: its weights do not fit", flush=True)
+        finally:
+            del weights
+            self._clear()
+
+    def _time(
+        self,
+        weights: Weights,
+        kind: str,
+        d: float | None,
+        what: str,
+        batch: int,
+        context: int,
+        cache: str,
+    ) -> None:
+        where = (
+            f"{weights.shape.name} {kind} {what} batch {batch}, context {context}, {cache} cache"
+        )
+        self._clear()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            free, _ = torch.cuda.mem_get_info(self.device)
+            wanted = weights.shape.cache_bytes(batch, context, CACHES[cache].itemsize)
+            if wanted + GIB > free:
+                print(
+                    f"{where}: does not fit: {wanted / GIB:.1f} of {free / GIB:.1f} GiB", flush=True
+                )
+                return
+        try:
+            point = self._measure(weights, what, batch, context, cache)
+        except torch.OutOfMemoryError:
+            print(f"{where}: does not fit", flush=True)
+            return
+        point |= {
+            "model": weights.shape.name,
+            "layers": weights.shape.layers,
+            "kind": kind,
+            "dense": d,
+            "what": what,
+            "batch": batch,
+            "context": context,
+            "cache": cache,
+            "linear_gib": round(weights.linear_bytes / GIB, 3),
+            "clocks": clocks(self.device),
+        }
+        print(line(self.results.add(point), self.results.points), flush=True)
+
+    def _measure(self, weights: Weights, what: str, batch: int, context: int, cache: str) -> dict:
+        shape, device = weights.shape, self.device
+        prefill = what == "prefill"
+        tokens = context if prefill else 1
+        memory = Cache(shape, batch, context, CACHES[cache], device)
+        keys, values = memory.layers[0]
+        size = (batch, tokens, shape.heads, shape.head_dim)
+        q = torch.randn(size, dtype=torch.bfloat16, device=device).transpose(1, 2)
+        name, attention = fastest(self.recorder, q, keys, values, prefill)
+        positions = torch.arange(context - tokens, context, device=device)
+        step = Step(weights, memory, positions, attention, compiled=device.type == "cuda")
+        step.run()
+        recordings = {"whole": self.recorder.record([step.run], 1)}
+        if not self.args.no_parts:
+            for part in PARTS:
+                recordings[part] = self.recorder.record([partial(step.run, (part,))], 1)
+        cuda = device.type == "cuda"
+        seconds = SECONDS * len(recordings) if cuda else 0
+        times = self.recorder.measure(recordings, seconds)
+        ms = times["whole"]["us"] / 1e3
+        return {
+            "ms": round(ms, 4),
+            "spread": times["whole"]["spread"],
+            "tokens_per_s": round(batch * tokens / ms * 1e3, 1),
+            "parts_ms": {p: round(times[p]["us"] / 1e3, 4) for p in PARTS if p in times},
+            "attention": name,
+            "peak_gib": round(torch.cuda.max_memory_allocated(device) / GIB, 2) if cuda else 0.0,
+        }
+
+    def _clear(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    torch.manual_seed(0)
+    runner = Runner(args)
+    print(HEADER, flush=True)
+    with torch.inference_mode():
+        for name in args.models:
+            runner.model(MODELS[name])
+    runner.results.write()
+
+
+if __name__ == "__main__":
+    main()

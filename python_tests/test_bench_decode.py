@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bench/decode.py on the CPU with a tiny model: the step is a decoder's, the results merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import decode
+import pytest
+import torch
+import torch.nn.functional as F
+from decoding import attention, results
+from decoding.linears import Dense, Spense, factory
+from decoding.models import MODELS, QWEN3_32B, SEED_OSS_36B, TINY
+from decoding.step import PARTS, Cache, Step, Weights
+from gemm import shapes
+from gemm.timing import Recorder
+
+CPU = torch.device("cpu")
+
+
+def make(kind: str, d: float | None = None):
+    return factory(kind, d, CPU, [1], Recorder(CPU))
+
+
+def step_of(batch: int, context: int, tokens: int = 1, dtype=torch.bfloat16) -> Step:
+    torch.manual_seed(0)
+    weights = Weights(TINY, make("dense"), CPU)
+    memory = Cache(TINY, batch, context, dtype, CPU)
+    name = "math" if tokens > 1 else "widened"
+    run = attention.candidates(CPU, dtype != torch.bfloat16, tokens > 1)[name]
+    return Step(weights, memory, torch.arange(context - tokens, context), run, compiled=False)
+
+
+def plainly(step: Step, caches, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of one token a sequence in float32, written as models write it."""
+    shape, weights = TINY, step.weights
+
+    def rms(x, w):
+        return F.rms_norm(x, w.shape, w.float(), shape.eps)
+
+    def linear(f, x):
+        return x @ f.weight.float().t() * f.scale + (0 if f.bias is None else f.bias)
+
+    def turn(t):
+        half = shape.head_dim // 2
+        return t * cos + torch.cat((-t[..., half:], t[..., :half]), dim=-1) * sin
+
+    x = weights.table[tokens].float()
+    angle = (step.cache.context - 1) * shape.rope_theta ** (
+        -torch.arange(0, shape.head_dim, 2) / shape.head_dim
+    )
+    cos, sin = torch.cat([angle.cos()] * 2), torch.cat([angle.sin()] * 2)
+    for layer, (keys, values) in zip(weights.layers, caches, strict=True):
+        y = linear(layer.linears["qkv"], rms(x, layer.norms[0]))
+        y = y.view(len(tokens), -1, shape.head_dim)
+        q, k, v = y.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
+        q, k = turn(rms(q, layer.qk_norms[0])), turn(rms(k, layer.qk_norms[1]))
+        keys = torch.cat((keys[:, :, :-1].float(), k[:, :, None]), dim=2)
+        values = torch.cat((values[:, :, :-1].float(), v[:, :, None]), dim=2)
+        keys, values = (t.repeat_interleave(2, dim=1) for t in (keys, values))
+        weight = (q[:, :, None] @ keys.transpose(2, 3) / shape.head_dim**0.5).softmax(dim=-1)
+        x = x + linear(layer.linears["o"], (weight @ values).flatten(1))
+        y = linear(layer.linears["gate_up"], rms(x, layer.norms[1]))
+        gate, up = y.chunk(2, dim=1)
+        x = x + linear(layer.linears["down"], F.silu(gate) * up)
+    return rms(x, weights.final_norm) @ weights.head.float().t()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_a_step_is_that_of_a_decoder(dtype):
+    """Up to the noise of FP8 activations (about 2^-5 a value, four times a layer, two layers)."""
+    step = step_of(batch=3, context=20, dtype=dtype)
+    before = [(k.clone(), v.clone()) for k, v in step.cache.layers]
+    step.tokens.copy_(torch.tensor([5, 77, 200]))
+    tokens = step.tokens.clone()
+    step.run()
+    logits = step.left["logits"].float()
+    wanted = plainly(step, before, tokens)
+    assert F.cosine_similarity(logits.flatten(), wanted.flatten(), dim=0) > 0.98
+    other = plainly(step, [(k.roll(1, 0), v.roll(1, 0)) for k, v in before], tokens.roll(1))
+    assert F.cosine_similarity(logits.flatten(), other.flatten(), dim=0) < 0.9
+    assert torch.equal(step.tokens, logits.argmax(dim=-1))
+    for (k, v), (old_k, old_v) in zip(step.cache.layers, before, strict=True):
+        for new, old in ((k, old_k), (v, old_v)):
+            bits = [t.contiguous().view(torch.uint8) for t in (new[:, :, :-1], old[:, :, :-1])]
+            assert torch.equal(*bits), "only the last place is written"
+
+
+def test_a_prompt_ends_like_a_step():
+    """The last token of a prompt sees what a step sees whose cache the prompt has filled."""
+    prompt = step_of(batch=1, context=12, tokens=12)
+    prompt.tokens.copy_(torch.arange(12) * 7)
+    prompt.run()
+    memory = prompt.cache
+    run = attention.candidates(CPU, False, False)["widened"]
+    step = Step(prompt.weights, memory, torch.tensor([11]), run, compiled=False)
+    step.tokens.copy_(torch.tensor([11 * 7]))
+    step.run()
+    logits, wanted = step.left["logits"].float(), prompt.left["logits"].float()
+    assert F.cosine_similarity(logits.flatten(), wanted.flatten(), dim=0) > 0.99
+
+
+def test_parts_together_are_the_step():
+    step = step_of(batch=2, context=8)
+    step.run()
+    kept = {key: value for key, value in step.left.items() if isinstance(value, torch.Tensor)}
+    for part in PARTS:
+        step.run((part,))
+    assert all(step.left[key] is value for key, value in kept.items()), "parts leave no trace"
+
+
+def test_shapes_are_those_of_the_sweep():
+    for model in (QWEN3_32B, SEED_OSS_36B):
+        assert model.linears == {x.name: (x.n, x.k) for x in shapes.MODELS[model.name]}
+    assert QWEN3_32B.cache_bytes(1, 1, 2) == 262144
+
+
+def test_ours_and_dense_are_called_alike():
+    x8, scale = torch.ops.spense.quantize_fp8(torch.randn(3, 256, dtype=torch.bfloat16))
+    for linear in (make("dense")("o", 320, 256, True), make("spense", 0.25)("o", 320, 256, True)):
+        assert linear(x8, scale).shape == (3, 320)
+    assert isinstance(make("dense")("o", 16, 32, False), Dense)
+    assert make("spense", 0.25)("down", 320, 256, False).gather is None
+    ours = make("spense", 0.5)("o", 320, 256, False)
+    assert isinstance(ours, Spense)
+    assert sorted(ours.gather.tolist()) == list(range(256))
+    assert ours.weight_bytes == ours.split.packed_bytes
+
+
+@pytest.fixture
+def report(tmp_path) -> Path:
+    decode.main(
+        "--models tiny --device cpu --kinds dense spense --dense 0.25 --batch 1 2 --context 16 "
+        f"--cache bf16 fp8 --prefill 8 --layers 1 --out {tmp_path / 'a.json'}".split()
+    )
+    return tmp_path / "a.json"
+
+
+def test_the_result_file(report):
+    data = json.loads(report.read_text())
+    points = data["points"]
+    assert len(points) == 2 * (1 + 4)
+    for point in points:
+        assert set(point["parts_ms"]) == set(PARTS)
+        assert point["ms"] > 0
+        assert point["layers"] == 1
+        assert point["tokens_per_s"] == pytest.approx(
+            point["batch"] * (8 if point["what"] == "prefill" else 1) / point["ms"] * 1e3, rel=0.01
+        )
+        rival = results.rival_of(point, points)
+        assert rival["kind"] == "dense"
+        assert results.speed_up(point, points) == pytest.approx(rival["ms"] / point["ms"])
+    ours = next(p for p in points if p["kind"] == "spense")
+    assert ours["dense"] == 0.25
+    assert "spense" in results.line(ours, points)
+
+
+def test_runs_merge_and_ratios_stay_inside_a_run(report, tmp_path):
+    decode.main(
+        "--models tiny --device cpu --kinds spense --dense 0.25 --batch 1 --context 16 "
+        f"--cache bf16 --prefill --no-parts --out {tmp_path / 'b.json'} --merge {report}".split()
+    )
+    data = json.loads((tmp_path / "b.json").read_text())
+    assert len(data["runs"]) == 2
+    assert len(data["points"]) == 10, "the same point is replaced"
+    (new,) = [p for p in data["points"] if p["run"] == 1]
+    assert results.speed_up(new, data["points"]) is None, "no dense time in that run"
+
+
+def test_every_model_has_a_name():
+    assert set(MODELS) == {"qwen3-32b", "seed-oss-36b", "tiny"}
