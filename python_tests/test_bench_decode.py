@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import decode
+import neighbours
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,3 +173,14 @@ def test_runs_merge_and_ratios_stay_inside_a_run(report, tmp_path):
 
 def test_every_model_has_a_name():
     assert set(MODELS) == {"qwen3-32b", "seed-oss-36b", "tiny"}
+
+
+def test_the_neighbours_are_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(neighbours, "OPS", [replace(op, k=op.k // 40) for op in neighbours.OPS])
+    neighbours.main(f"--device cpu --tokens 1 5 --out {tmp_path / 'n.json'}".split())
+    points = json.loads((tmp_path / "n.json").read_text())["points"]
+    assert len(points) == 2 * len(neighbours.OPS)
+    for point in points:
+        (op,) = [o for o in neighbours.OPS if (o.name, o.k) == (point["op"], point["k"])]
+        moved = point["m"] * op.k * (op.reads + op.writes)
+        assert point["gb_per_s"] == pytest.approx(moved / point["us"] / 1e3, abs=0.1)
