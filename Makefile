@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo   a pretrained model pruned, saved, loaded and compared, on a machine without a GPU
-# make test   the same set-up, then all tests
+# make demo        a pretrained model pruned, saved, loaded and compared, without a GPU
+# make test        the same set-up, then all tests
+# make test-vllm   then vLLM's CPU build (3 GB, in .venv-vllm) against transformers; python3 >= 3.11
 #
-# Both make .venv by themselves. They need python3 >= 3.10 with venv, g++ and make.
+# They make .venv by themselves and need python3 >= 3.10 with venv, g++ and make.
 #   PYTHON=python3.12         the Python that .venv is made from
 #   PIP_ARGS="..."            extra arguments of every pip install (an index, a wheel folder)
 #   DEMO_ARGS="--short"       arguments of the demo
@@ -15,7 +16,10 @@ PIP := $(PY) -m pip install --disable-pip-version-check -q $(PIP_ARGS)
 SOURCES := setup.py pyproject.toml $(shell find cmake csrc -type f)
 CXX_FILES := git ls-files -z '*.h' '*.hpp' '*.cpp' '*.cu' '*.cuh'
 
-.PHONY: demo test bench-cpu lint format clean FORCE
+VLLM := .venv-vllm/bin/python
+VLLM_PIP := $(VLLM) -m pip install --disable-pip-version-check -q $(PIP_ARGS)
+
+.PHONY: demo test test-vllm bench-cpu lint format clean FORCE
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
@@ -23,6 +27,10 @@ demo: .venv/.demo
 
 test: .venv/.test
 	SPENSE_CUDA_ARCHS="$$(cat .venv/.archs)" $(PY) -m pytest $(TEST_ARGS)
+
+# VLLM_ARGS="--demo-checkpoint demo_out/checkpoint" adds the demo's model.
+test-vllm: .venv-vllm/.test
+	$(VLLM) -m pytest python_tests/engines/test_vllm.py --results bench/results/vllm.json $(VLLM_ARGS)
 
 bench-cpu: .venv/.test
 	$(PY) -m pytest bench --benchmark-only $(TEST_ARGS)
@@ -38,7 +46,7 @@ format: .venv/.lint
 	$(CXX_FILES) | xargs -0 .venv/bin/clang-format -i
 
 clean:
-	rm -rf .venv build dist *.egg-info spense_kernels/lib spense_kernels/_C*.so
+	rm -rf .venv .venv-vllm build dist *.egg-info spense_kernels/lib spense_kernels/_C*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.base: cmake/requirements-build.txt
@@ -64,6 +72,18 @@ endef
 
 .venv/.test: $(SOURCES) .venv/.base .venv/.archs
 	$(call install,test)
+
+# torchvision and its kin come as CUDA builds that do not load beside this torch; vLLM needs none.
+.venv-vllm/.test: cmake/requirements-vllm.txt .venv/.test
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) -r cmake/requirements-build.txt
+	$(VLLM_PIP) --prefer-binary -r cmake/requirements-build.txt -r cmake/requirements-vllm.txt
+	$(VLLM) -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@# The same native libraries again: both environments use this tree's.
+	@set -e; export SPENSE_CUDA_ARCHS="$$(cat .venv/.archs)"; \
+	if [ -n "$$($(PY) cmake/find_cuda.py --archs)" ]; then $(VLLM_PIP) -r cmake/requirements-cuda.txt; fi; \
+	$(VLLM_PIP) --no-build-isolation --no-deps -e .
+	@touch $@
 
 .venv/.lint: pyproject.toml .venv/.base
 	$(PIP) $$($(PY) -c "import re; print(*re.findall(r'\"((?:ruff|clang-format)==[^\"]+)', open('pyproject.toml').read()))")

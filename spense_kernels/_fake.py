@@ -111,7 +111,7 @@ def hybrid_gemm(
     n: int,
     k: int,
     layout: int = LAYOUT_VERSION,
-    out_dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype | None = None,
     fast_accum: bool = True,
     config: str | None = None,
 ) -> Tensor:
@@ -144,6 +144,7 @@ def hybrid_gemm(
         bias_arg.shape(n)
         bias_arg.contiguous()
         bias_arg.same_device(x_arg)
+    out_dtype = torch.bfloat16 if out_dtype is None else out_dtype
     if out_dtype not in FLOATS:
         _Arg(op, "out_dtype").fail("dtype bfloat16 or float16 or float32", _dtype_name(out_dtype))
     return x.new_empty((x.shape[0], n), dtype=out_dtype)

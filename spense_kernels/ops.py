@@ -19,10 +19,11 @@ from torch import Tensor
 from spense_kernels import _fake, _load
 
 SCHEMAS = {
-    # y[m, n] = sum_k(x[m, k] * w[n, k]) * x_scale[m] * w_scale[n] + bias[n]
+    # y[m, n] = sum_k(x[m, k] * w[n, k]) * x_scale[m] * w_scale[n] + bias[n]. (A default dtype would
+    # be serialised as an integer in AOTInductor packages, which then do not load; hence None.)
     "hybrid_gemm": (
         "(Tensor x, Tensor w_packed, Tensor w_tiles, Tensor x_scale, Tensor w_scale, "
-        "Tensor? bias=None, *, int n, int k, int layout=1, ScalarType out_dtype=bfloat16, "
+        "Tensor? bias=None, *, int n, int k, int layout=1, ScalarType? out_dtype=None, "
         "bool fast_accum=True, str? config=None) -> Tensor"
     ),
     # x8[m, p] = e4m3(x[m, gather[p]] / scale[m]), scale[m] = max(amax_k |x[m, k]|, 1e-12) / 448
@@ -67,7 +68,7 @@ def hybrid_gemm(
     n: int,
     k: int,
     layout: int = 1,
-    out_dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype | None = None,
     fast_accum: bool = True,
     config: str | None = None,
 ) -> Tensor:
@@ -83,7 +84,7 @@ def hybrid_gemm(
     bias      float32 [n] or None
     n, k      rows and columns of the weight that was packed
     layout    version of the tile stream, 1
-    out_dtype bfloat16, float16 or float32
+    out_dtype bfloat16 (None), float16 or float32
     fast_accum  on SM90 lets the tensor cores keep sums at their own precision; elsewhere no effect
     config    forces a configuration by name; None chooses. CPU: reference, portable, avx2, avx512
 

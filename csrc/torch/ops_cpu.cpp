@@ -50,13 +50,14 @@ void for_tiles(const char* op, int64_t tiles, const Check& check) {
 
 Tensor hybrid_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& w_tiles,
                    const Tensor& x_scale, const Tensor& w_scale, std::optional<Tensor> bias,
-                   int64_t n, int64_t k, int64_t layout, ScalarType out_dtype,
+                   int64_t n, int64_t k, int64_t layout, std::optional<ScalarType> out_dtype,
                    bool /*fast_accum: sums are always float32 here*/,
                    std::optional<std::string> config) {
   constexpr const char* op = "hybrid_gemm";
   check_hybrid_gemm(x, w_packed, w_tiles, x_scale, w_scale, bias, n, k, layout);
   check_aligned(SPENSE_ARG(op, w_packed), 16);
-  const FloatType out = float_type({op, "out_dtype"}, out_dtype);
+  const ScalarType y_dtype = out_dtype.value_or(ScalarType::BFloat16);
+  const FloatType out = float_type({op, "out_dtype"}, y_dtype);
   const cpu::GemmConfig* gemm = cpu::find_gemm(config ? config->c_str() : nullptr);
   if (!gemm) {
     Arg{op, "config"}.fail("expected one of ", cpu::config_names(), ", got ", *config);
@@ -64,7 +65,7 @@ Tensor hybrid_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& w_tile
   const auto table = format::check_tile_table(n, k, data<int32_t>(w_tiles), w_packed.numel());
   throw_unless_ok(op, table);
 
-  Tensor y = empty_cpu({x.size(0), n}, out_dtype);
+  Tensor y = empty_cpu({x.size(0), n}, y_dtype);
   if (y.numel() == 0) return y;
   cpu::GemmArgs args;
   args.m = x.size(0);

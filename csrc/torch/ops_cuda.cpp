@@ -42,17 +42,18 @@ void check_stream_size(const Tensor& w_packed, int64_t n, int64_t k) {
 
 Tensor hybrid_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& w_tiles,
                    const Tensor& x_scale, const Tensor& w_scale, std::optional<Tensor> bias,
-                   int64_t n, int64_t k, int64_t layout, ScalarType out_dtype, bool fast_accum,
-                   std::optional<std::string> config) {
+                   int64_t n, int64_t k, int64_t layout, std::optional<ScalarType> out_dtype,
+                   bool fast_accum, std::optional<std::string> config) {
   constexpr const char* op = "hybrid_gemm";
   check_hybrid_gemm(x, w_packed, w_tiles, x_scale, w_scale, bias, n, k, layout);
   check_aligned(SPENSE_ARG(op, w_packed), 16);
   check_aligned(SPENSE_ARG(op, w_tiles), 16);
   check_stream_size(w_packed, n, k);
-  const FloatType out = float_type({op, "out_dtype"}, out_dtype);
+  const ScalarType y_dtype = out_dtype.value_or(ScalarType::BFloat16);
+  const FloatType out = float_type({op, "out_dtype"}, y_dtype);
 
   const DeviceScope scope(x);
-  Tensor y = empty_cuda({x.size(0), n}, out_dtype, x);
+  Tensor y = empty_cuda({x.size(0), n}, y_dtype, x);
   if (y.numel() == 0) return y;
   const Tensor rows = readable_rows(x);
   cuda::GemmArgs args;

@@ -8,6 +8,7 @@ bench/results/vllm.json. Every engine is a process of its own.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -187,3 +188,20 @@ def test_forbidden_tensor_parallel_size_is_refused_with_words(tmp_path):
     assert done.returncode != 0
     words = "tensor_parallel_size: expected one of [1], for the layer has k_shards = 1, got 2"
     assert words in done.stdout + done.stderr
+
+
+def test_the_offline_example(tmp_path):
+    """docs/examples/vllm_offline.py on a checkpoint with a tokenizer."""
+    from tiny_model import make_tokenizer
+
+    path = served.save_tiny(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(path)
+    example = Path(__file__).parents[2] / "docs" / "examples" / "vllm_offline.py"
+    command = [sys.executable, str(example), str(path), "Paragraph 7", "--max-model-len", "64"]
+    quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    quiet |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | quiet, timeout=1200
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert "'Paragraph 7' -> " in done.stdout
