@@ -34,9 +34,8 @@ def run(name: str, *arguments: object) -> str:
 def test_prune_and_serve(tmp_path, with_text):
     dense = save_tiny(tmp_path / "dense")
     more = ("--text", write_text(tmp_path / "book.txt")) if with_text else ()
-    printed = run(
-        "prune_and_serve.py", dense, tmp_path / "pruned", *more, "--prompt", "Paragraph 7"
-    )
+    out = tmp_path / "pruned"
+    printed = run("prune_and_serve.py", dense, out, *more, "--prompt", "Paragraph 7")
     assert printed.startswith("Paragraph 7")
     assert verify_checkpoint(out).ok
 

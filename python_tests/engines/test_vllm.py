@@ -190,18 +190,28 @@ def test_forbidden_tensor_parallel_size_is_refused_with_words(tmp_path):
     assert words in done.stdout + done.stderr
 
 
-def test_the_offline_example(tmp_path):
-    """docs/examples/vllm_offline.py on a checkpoint with a tokenizer."""
-    from tiny_model import make_tokenizer
+def test_from_a_dense_checkpoint_to_served_tokens(tmp_path):
+    """What the README says: `spense prune`, then docs/examples/vllm_offline.py."""
+    from tiny_model import make_tokenizer, write_text
 
-    path = served.save_tiny(tmp_path / "tiny")
-    make_tokenizer().save_pretrained(path)
+    dense, pruned = tmp_path / "dense", tmp_path / "pruned"
+    served.tiny_llama().save_pretrained(dense)
+    make_tokenizer().save_pretrained(dense)
+    text = write_text(tmp_path / "book.txt")
     example = Path(__file__).parents[2] / "docs" / "examples" / "vllm_offline.py"
-    command = [sys.executable, str(example), str(path), "Paragraph 7", "--max-model-len", "64"]
+    quick = ("--samples", "8", "--seq-len", "64", "--calibration", str(text))
+    prune = ("-m", "spense_kernels.cli", "prune", str(dense), "--out", str(pruned), *quick)
+    serve = (str(example), str(pruned), "Paragraph 7", "--max-model-len", "64")
     quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     quiet |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | quiet, timeout=1200
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    for command in (prune, serve):
+        done = subprocess.run(
+            [sys.executable, *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | quiet,
+            timeout=1200,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "'Paragraph 7' -> " in done.stdout
