@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import decode
+import generate
 import neighbours
 import pytest
 import torch
@@ -18,6 +19,8 @@ from decoding.models import MODELS, QWEN3_32B, SEED_OSS_36B, TINY
 from decoding.step import PARTS, Cache, Step, Weights
 from gemm import shapes
 from gemm.timing import Recorder
+
+from spense_kernels.fusion import FusedPart
 
 CPU = torch.device("cpu")
 
@@ -184,3 +187,32 @@ def test_the_neighbours_are_timed(tmp_path, monkeypatch):
         (op,) = [o for o in neighbours.OPS if (o.name, o.k) == (point["op"], point["k"])]
         moved = point["m"] * op.k * (op.reads + op.writes)
         assert point["gb_per_s"] == pytest.approx(moved / point["us"] / 1e3, abs=0.1)
+
+
+def test_generate_times_whole_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "SHORT", 1)
+    monkeypatch.setattr(generate, "LONG", 3)
+    out = tmp_path / "g.json"
+    generate.main(f"--model tiny --device cpu --batch 2 --context 5 --layers 1 --out {out}".split())
+    points = json.loads(out.read_text())["points"]
+    assert [point["kind"] for point in points] == ["dense", "spense"]
+    model = generate.build(replace(TINY, layers=1), "spense", 0.25, CPU)
+    assert type(model.model.layers[0]).__name__ == "FusedQwen3DecoderLayer"
+    assert isinstance(model.model.layers[0].self_attn.k_proj, FusedPart)
+
+
+@pytest.mark.parametrize("name", ["qwen3-32b", "seed-oss-36b"])
+def test_generate_builds_every_model(name):
+    small = {
+        "hidden": 128,
+        "heads": 4,
+        "head_dim": 32,
+        "kv_heads": 2,
+        "intermediate": 256,
+        "vocabulary": 128,
+        "layers": 1,
+    }
+    for kind in generate.KINDS:
+        model = generate.build(replace(MODELS[name], **small), kind, 0.25, CPU)
+        with torch.no_grad():
+            assert model(torch.tensor([[3, 4, 5]])).logits.shape == (1, 3, 128)
