@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import decode
+import device_agreement
 import generate
 import neighbours
 import pytest
@@ -19,7 +20,12 @@ from decoding.models import MODELS, QWEN3_32B, SEED_OSS_36B, TINY
 from decoding.step import PARTS, Cache, Step, Weights
 from gemm import shapes
 from gemm.timing import Recorder
+from tiny_model import save_tiny as save_tiny_model
+from tiny_model import write_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spense_kernels import SpenseConfig
+from spense_kernels.checkpoint import save_checkpoint
 from spense_kernels.fusion import FusedPart
 
 CPU = torch.device("cpu")
@@ -216,3 +222,25 @@ def test_generate_builds_every_model(name):
         model = generate.build(replace(MODELS[name], **small), kind, 0.25, CPU)
         with torch.no_grad():
             assert model(torch.tensor([[3, 4, 5]])).logits.shape == (1, 3, 128)
+
+
+def test_devices_are_compared(tmp_path):
+    """The bundle of a small model, checked on the device that made it and after it was changed."""
+    dense = save_tiny_model(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=SpenseConfig(dense_fraction=0.25), dtype=torch.bfloat16
+    )
+    save_checkpoint(model, tmp_path / "pruned", tokenizer=AutoTokenizer.from_pretrained(dense))
+    text = write_text(tmp_path / "text.txt")
+    folder = str(tmp_path / "bundle")
+    device_agreement.main(["make", str(tmp_path / "pruned"), folder, "--text", str(text)])
+    check = ["check", folder, "--device", "cpu", "--out", str(tmp_path / "r.json")]
+    assert device_agreement.main(check) == 0
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert results["single"]["largest"] == 0.0, "the same device, the same bits"
+    assert results["fused"]["largest"] > 0.0
+    assert results["fused"]["positions"] == 20 * 47
+    stored = torch.load(tmp_path / "bundle/reference.pt")
+    stored["logprobs"] = [rows.roll(1, 0) for rows in stored["logprobs"]]
+    torch.save(stored, tmp_path / "bundle/reference.pt")
+    assert device_agreement.main(check) == 1

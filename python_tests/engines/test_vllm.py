@@ -22,7 +22,9 @@ import served_models as served
 import torch
 from safetensors.torch import load_file, save_file
 
+from spense_kernels.checkpoint import load_checkpoint
 from spense_kernels.env import cpu_name
+from spense_kernels.testing import agreement
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
@@ -49,7 +51,7 @@ def _report(request):
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
         "note": "log-probabilities of every prompt position, vLLM against transformers, "
-        "teacher-forced; bound and decided as python_tests/engines/served_models.py derives them",
+        "teacher-forced; bound and decided as spense_kernels/testing/agreement.py derives them",
         "runs": SEEN,
     }
     Path(target).write_text(json.dumps(facts, indent=1) + "\n")
@@ -60,7 +62,7 @@ def tiny(tmp_path_factory) -> Path:
     return served.save_tiny(tmp_path_factory.mktemp("tiny") / "llama")
 
 
-def agreement(model: str, path: Path, tmp_path: Path, prompts: list[list[int]], **job) -> None:
+def agree(model: str, path: Path, tmp_path: Path, prompts: list[list[int]], **job) -> None:
     """Serves, compares, keeps and asserts."""
     dtype = getattr(torch, job["dtype"])
     ranks = job["tensor_parallel_size"]
@@ -69,8 +71,8 @@ def agreement(model: str, path: Path, tmp_path: Path, prompts: list[list[int]], 
     seconds = time.monotonic() - start
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     got = torch.load(tmp_path / "out.pt")
-    wanted = served.reference(path, prompts, ranks, dtype)
-    seen = served.compare(got["logprobs"], wanted)
+    wanted = agreement.reference(path, prompts, ranks, dtype)
+    seen = agreement.compare(got["logprobs"], wanted)
     SEEN.append({"model": model, **job, **asdict(seen), "seconds": round(seconds, 1)})
     print(SEEN[-1])
     assert seen.ok, seen
@@ -79,7 +81,7 @@ def agreement(model: str, path: Path, tmp_path: Path, prompts: list[list[int]], 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_tiny_llama_in_bfloat16(tiny, tmp_path, ranks, eager):
-    agreement(
+    agree(
         "tiny Llama",
         tiny,
         tmp_path,
@@ -93,7 +95,7 @@ def test_tiny_llama_in_bfloat16(tiny, tmp_path, ranks, eager):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_tiny_llama_in_float32(tiny, tmp_path, ranks):
     """With so much smaller errors nearly every position is decided."""
-    agreement(
+    agree(
         "tiny Llama",
         tiny,
         tmp_path,
@@ -116,7 +118,7 @@ def test_demo_checkpoint(request, tmp_path):
         "A list display yields a new list object, the contents being specified by either a list of",
         "In Python, a function definition defines a user-defined function object. It does not",
     )
-    agreement(
+    agree(
         "gemma-3-270m, demo",
         Path(folder),
         tmp_path,
@@ -131,13 +133,13 @@ def test_demo_checkpoint(request, tmp_path):
 def test_another_column_order_is_noticed(tiny):
     """The bound is no rubber stamp: one layer that reads its columns in a wrong order breaks it."""
     prompts = served.prompts()
-    wanted = served.reference(tiny, prompts)
-    model = served.load_checkpoint(tiny, fuse=False)
+    wanted = agreement.reference(tiny, prompts)
+    model = load_checkpoint(tiny, fuse=False)
     layer = model.model.layers[1].mlp.down_proj
     layer.k_gather = layer.k_gather.flip(0).contiguous()
-    rows = served.log_probabilities(model, prompts)
+    rows = agreement.log_probabilities(model, prompts)
     everything = [[dict(enumerate(row.tolist())) for row in each] for each in rows]
-    assert not served.compare(everything, wanted).ok
+    assert not agreement.compare(everything, wanted).ok
 
 
 def damaged(source: Path, target: Path, change) -> Path:
