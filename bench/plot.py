@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of the GPU sweep from its result file: speed-up over M, and the roofline.
+"""Pictures from result files. The GEMM sweep: speed-up over M, roofline. decode.py: speed-up.
 
 python bench/plot.py bench/results/gemm_h100.json      # docs/images/gemm_h100_*.png
+python bench/plot.py bench/results/decode.json         # docs/images/decode_speedup.png
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from decoding.tables import decode_figure
 from gemm.ceiling import DENSE_FLOPS, SPARSE_FLOPS
 from gemm.report import DENSE, best, speed_up
 from gemm.shapes import MODELS
@@ -114,7 +116,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for path in args.results:
         results = json.loads(path.read_text())
-        for name, make in (("speedup", speed_up_figure), ("roofline", roofline_figure)):
+        whole_models = "tokens_per_s" in (results["points"] or [{}])[0]
+        figures = {"speedup": speed_up_figure, "roofline": roofline_figure}
+        for name, make in ({"speedup": decode_figure} if whole_models else figures).items():
             target = args.out / f"{path.stem}_{name}.png"
             # No date and no version inside: the same results give the same bytes.
             make(results).savefig(target, dpi=110, metadata={"Software": None})

@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from decoding.tables import decode_table
 from gemm import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,6 +117,7 @@ PAGES = {
     "docs/performance.md": {
         "h100": (RESULTS / "gemm_h100.json", tables.full_tables),
         "h200": (RESULTS / "gemm_h200.json", tables.full_tables),
+        "decode": (RESULTS / "decode.json", decode_table),
     },
 }
 

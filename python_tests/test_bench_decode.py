@@ -14,7 +14,7 @@ import neighbours
 import pytest
 import torch
 import torch.nn.functional as F
-from decoding import attention, results
+from decoding import attention, results, tables
 from decoding.linears import Dense, Spense, factory
 from decoding.models import MODELS, QWEN3_32B, SEED_OSS_36B, TINY
 from decoding.step import PARTS, Cache, Step, Weights
@@ -166,6 +166,19 @@ def test_the_result_file(report):
     ours = next(p for p in points if p["kind"] == "spense")
     assert ours["dense"] == 0.25
     assert "spense" in results.line(ours, points)
+
+
+def test_the_table_and_the_picture(report):
+    data = json.loads(report.read_text())
+    table = tables.decode_table(data)
+    assert table.count("\n| tiny |") == len(data["points"])
+    assert "ours, 25% dense" in table
+    figure = tables.decode_figure(data)
+    assert [axis.get_title() for axis in figure.axes] == [
+        "tiny, KV cache in bf16",
+        "tiny, KV cache in fp8",
+    ]
+    assert all(len(axis.lines) == 2 for axis in figure.axes)  # ours, and the line at 1
 
 
 def test_runs_merge_and_ratios_stay_inside_a_run(report, tmp_path):
