@@ -6,25 +6,19 @@
 namespace spense::cuda {
 namespace {
 
-__device__ float exp2_fast(float t) {
-  float e;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));
-  return e;
-}
-
 template <Activation kActivation>
 __device__ float activate(float g) {
   using namespace activation;
   if constexpr (kActivation == Activation::kSilu) {
-    return __fdividef(g, 1.0f + exp2_fast(g * -kLog2E));
+    return __fdividef(g, 1.0f + ptx::exp2_fast(g * -kLog2E));
   } else if constexpr (kActivation == Activation::kGeluTanh) {
-    return __fdividef(g, 1.0f + exp2_fast(g * (kGeluLinear + kGeluCubic * (g * g))));
+    return __fdividef(g, 1.0f + ptx::exp2_fast(g * (kGeluLinear + kGeluCubic * (g * g))));
   } else {
     const float r = __fdividef(1.0f, 1.0f + 0.5f * fminf(fabsf(g) * kInverseSqrt2, kLargestH));
     float q = activation::tail(kTailDegree);
 #pragma unroll
     for (int i = kTailDegree - 1; i >= 0; --i) q = fmaf(q, r, activation::tail(i));
-    const float tail = exp2_fast(kGeluSquare * (g * g)) * (q * r);
+    const float tail = ptx::exp2_fast(kGeluSquare * (g * g)) * (q * r);
     return g * (g < 0.0f ? tail : 1.0f - tail);
   }
 }

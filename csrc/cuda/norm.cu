@@ -18,7 +18,7 @@ struct NormSource {
     constexpr int kLine = 128 / sizeof(W);
     for (int c = slice.begin + static_cast<int>(threadIdx.x) * kLine; c < slice.end;
          c += blockDim.x * kLine) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + c));
+      ptx::prefetch_l2(weight + c);
     }
   }
 

@@ -20,9 +20,9 @@
 #include <algorithm>
 
 #include "cuda/neighbours.h"
-#include "device/dsmem.cuh"
 #include "device/launch.h"
 #include "device/ptx.cuh"
+#include "device/ptx_rows.cuh"
 
 namespace spense::cuda {
 namespace {
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
   const int c0 = begin + static_cast<int>(threadIdx.x) * kOutputs;
   if (p.gather) {
     for (int c = c0; c < slice.end; c += blockDim.x * kOutputs) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(p.gather + c));
+      ptx::prefetch_l2(p.gather + c);
     }
   }
   if constexpr (kCluster) ptx::cluster_wait();

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared memory of the other CTAs of a cluster.
+// PTX leaves of kernels that work on rows: shared memory of the other CTAs of a cluster,
+// prefetches, powers of two.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +23,18 @@ __device__ __forceinline__ void store_remote(uint32_t remote, uint32_t v) {
 }
 __device__ __forceinline__ void store_remote(uint32_t remote, double v) {
   asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(remote), "d"(v) : "memory");
+}
+
+// Brings the line into L2; harmless for any mapped address.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// 2^t, relative error below 2^-22; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_fast(float t) {
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));
+  return e;
 }
 
 }  // namespace spense::ptx
