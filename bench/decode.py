@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,7 @@ class Runner:
         self.args = args
         self.device = torch.device(args.device)
         self.recorder = Recorder(self.device)
+        self.failures = 0
         self.results = Results(args.out, machine(self.device), args.merge)
         # Every batch and context is compiled on its own.
         torch._dynamo.config.recompile_limit = 1000
@@ -80,6 +82,8 @@ class Runner:
                         self._time(weights, kind, d, "decode", batch, context, cache)
         except torch.OutOfMemoryError:
             print(f"{shape.name} {kind}: its weights do not fit", flush=True)
+        except RuntimeError as fault:
+            self._failed(f"{shape.name} {kind}", fault)
         finally:
             del weights
             self._clear()
@@ -111,6 +115,9 @@ class Runner:
             point = self._measure(weights, what, batch, context, cache)
         except torch.OutOfMemoryError:
             print(f"{where}: does not fit", flush=True)
+            return
+        except RuntimeError as fault:
+            self._failed(where, fault)
             return
         point |= {
             "model": weights.shape.name,
@@ -155,13 +162,18 @@ class Runner:
             "peak_gib": round(torch.cuda.max_memory_allocated(device) / GIB, 2) if cuda else 0.0,
         }
 
+    def _failed(self, where: str, fault: RuntimeError) -> None:
+        """The others are timed all the same; the exit code tells."""
+        self.failures += 1
+        print(f"{where}: FAILED: {str(fault).strip().splitlines()[0]}", flush=True)
+
     def _clear(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     torch.manual_seed(0)
     runner = Runner(args)
@@ -170,7 +182,8 @@ def main(arguments: list[str] | None = None) -> None:
         for name in args.models:
             runner.model(MODELS[name])
     runner.results.write()
+    return 1 if runner.failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

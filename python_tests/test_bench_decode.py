@@ -193,6 +193,26 @@ def test_runs_merge_and_ratios_stay_inside_a_run(report, tmp_path):
     assert results.speed_up(new, data["points"]) is None, "no dense time in that run"
 
 
+def test_what_fails_is_told_and_the_rest_is_timed(tmp_path, capsys, monkeypatch):
+    """cuSPARSELt is not here; a shape whose attention fails does not stop the others either."""
+    words = "--models tiny --device cpu --kinds dense two_library --batch 1 3 --context 8 "
+    words += f"--cache bf16 --prefill --layers 1 --no-parts --out {tmp_path / 'f.json'}"
+    choose = decode.fastest
+
+    def fails_for_three(recorder, q, k, v, causal):
+        if q.shape[0] == 3:
+            raise RuntimeError("no attention runs here: none")
+        return choose(recorder, q, k, v, causal)
+
+    monkeypatch.setattr(decode, "fastest", fails_for_three)
+    assert decode.main(words.split()) == 1
+    told = capsys.readouterr().out
+    assert "tiny two_library: FAILED:" in told
+    assert "tiny dense decode batch 3, context 8, bf16 cache: FAILED: no attention" in told
+    points = json.loads((tmp_path / "f.json").read_text())["points"]
+    assert [(p["kind"], p["batch"]) for p in points] == [("dense", 1)]
+
+
 def test_every_model_has_a_name():
     assert set(MODELS) == {"qwen3-32b", "seed-oss-36b", "tiny"}
 
