@@ -10,15 +10,15 @@
 namespace spense::cpu {
 namespace {
 
-inline float min_of(float a, float b) { return a < b ? a : b; }
-inline float max_of(float a, float b) { return a > b ? a : b; }
-
 // With masks: compilers do not take float arithmetic out of a conditional.
 inline float choose(bool condition, float yes, float no) {
   const uint32_t mask = 0u - static_cast<uint32_t>(condition);
   return std::bit_cast<float>((std::bit_cast<uint32_t>(yes) & mask) |
                               (std::bit_cast<uint32_t>(no) & ~mask));
 }
+
+inline float min_of(float a, float b) { return choose(a < b, a, b); }
+inline float max_of(float a, float b) { return choose(a > b, a, b); }
 
 // 2^t for t in [-126, 127], clamped to that; a NaN becomes a bound.
 inline float exp2_clamped(float t) {
