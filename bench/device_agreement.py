@@ -54,10 +54,13 @@ def make(checkpoint: Path, out: Path, text: list[Path] | None) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     words = " ".join(path.read_text() for path in text) if text else _documentation()
-    ids = tokenizer(words, return_tensors="pt").input_ids[0][: PROMPTS * TOKENS]
+    ids = tokenizer(words, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    ids = ids[: PROMPTS * TOKENS].view(-1, TOKENS)
+    if tokenizer.bos_token_id is not None:  # models such as Gemma are at a loss without it
+        ids[:, 0] = tokenizer.bos_token_id
     used, prompts = ids.unique(return_inverse=True)
-    prompts = prompts.view(-1, TOKENS).tolist()
-    model = load_checkpoint(checkpoint, fuse=False)
+    prompts = prompts.tolist()
+    model = load_checkpoint(checkpoint, dtype=torch.bfloat16, fuse=False)
     reduce_vocabulary(model, used)
     model.generation_config = None
     save_checkpoint(model, out / "model", max_shard_bytes=PART_BYTES)

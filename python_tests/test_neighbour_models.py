@@ -184,6 +184,24 @@ def test_what_does_not_fit_stays():
     unfuse_neighbours(unfused)  # nothing to do
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
+def test_hooks_that_come_later_are_called(architecture):
+    """Among them those with which accelerate brings offloaded weights and moves inputs."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = pruned(architecture, torch.float32)
+    expected = logits(model)
+    fused = neighbours.fuse(copy.deepcopy(model))
+    called = []
+    layer = fused.model.layers[0]
+    layer.input_layernorm.register_forward_hook(lambda *args: called.append(0))
+    for module in (fused.model.layers[1].post_attention_layernorm, layer.self_attn.k_proj, layer):
+        hook = AlignDevicesHook(execution_device="cpu", io_same_device=True)
+        add_hook_to_module(module, hook)
+    assert error(logits(fused), expected) < 2e-3
+    assert called
+
+
 def test_columns_in_order_need_no_gather():
     linear = nn.Linear(64, 32, bias=False)
     ordered = SpenseLinear.from_dense(linear, dense_fraction=1.0)

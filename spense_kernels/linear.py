@@ -80,7 +80,7 @@ class PackedLinear(nn.Module):
             rows = x.reshape(-1, self.in_features)
             if rows.stride(1) != 1:
                 rows = rows.contiguous()
-            x = QuantizedRows(*ops.quantize_fp8(rows, self.gather), x.shape, x.dtype)
+            x = QuantizedRows(*ops.quantize_fp8(rows, self.gather), tuple(x.shape), x.dtype)
         y = ops.hybrid_gemm(
             x.x8,
             self.w_packed,

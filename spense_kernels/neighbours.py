@@ -115,22 +115,27 @@ class _GatedMlp(_Fused):
         gate, up = self.gate_proj(x), self.up_proj(x)
         rows = [t.reshape(-1, t.shape[-1]) for t in (gate, up)]
         x8, scale = self.multiply_and_quantize(*rows, self.down_proj.gather)
-        return self.down_proj(QuantizedRows(x8, scale, gate.shape, gate.dtype))
+        return self.down_proj(QuantizedRows(x8, scale, tuple(gate.shape), gate.dtype))
 
 
 def norm(layer: nn.Module, x: Tensor, into: SpenseLinear) -> QuantizedRows:
     """What the RMSNorm `layer` makes of x, quantised for `into`."""
+    if hooked(layer):  # since the model was fused; offloading brings the weight by a hook
+        return _quantized(layer(x), into)
     attribute, unit_offset = NORMS[type(layer).__name__]
     x8, scale = ops.rms_norm_quantize(
         _rows(x), layer.weight, into.gather, eps=getattr(layer, attribute), unit_offset=unit_offset
     )
-    return QuantizedRows(x8, scale, x.shape, x.dtype)
+    return QuantizedRows(x8, scale, tuple(x.shape), x.dtype)
 
 
 def add_norm(
     layer: nn.Module, x: Tensor, residual: Tensor, into: SpenseLinear
 ) -> tuple[QuantizedRows, Tensor]:
     """The same of x + residual, and that sum."""
+    if hooked(layer):
+        total = residual + x
+        return _quantized(layer(total), into), total
     attribute, unit_offset = NORMS[type(layer).__name__]
     x8, scale, total = ops.add_rms_norm_quantize(
         _rows(x),
@@ -140,7 +145,11 @@ def add_norm(
         eps=getattr(layer, attribute),
         unit_offset=unit_offset,
     )
-    return QuantizedRows(x8, scale, x.shape, x.dtype), total.view(x.shape)
+    return QuantizedRows(x8, scale, tuple(x.shape), x.dtype), total.view(x.shape)
+
+
+def _quantized(x: Tensor, into: SpenseLinear) -> QuantizedRows:
+    return QuantizedRows(*ops.quantize_fp8(_rows(x), into.gather), tuple(x.shape), x.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

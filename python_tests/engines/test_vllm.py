@@ -110,19 +110,19 @@ def test_demo_checkpoint(request, tmp_path):
     folder = request.config.getoption("--demo-checkpoint")
     if not folder:
         pytest.skip("no --demo-checkpoint: run `spense demo` and name its checkpoint")
+    from pydoc_data.topics import topics
+
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = (
-        "The assert statement is a convenient way to insert debugging assertions into a program.",
-        "A list display yields a new list object, the contents being specified by either a list of",
-        "In Python, a function definition defines a user-defined function object. It does not",
-    )
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    prompts = [[tokenizer.bos_token_id, *ids[i * 47 : (i + 1) * 47]] for i in range(8)]
     agree(
         "gemma-3-270m, demo",
         Path(folder),
         tmp_path,
-        [tokenizer(text).input_ids for text in texts],
+        prompts,
         dtype="bfloat16",
         tensor_parallel_size=1,
         enforce_eager=True,

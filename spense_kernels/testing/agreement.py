@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from spense_kernels.checkpoint import load_checkpoint
 from spense_kernels.linear import SpenseLinear
 
+TOP = 8  # tokens that are compared at a position
+
 
 class RowParallel(nn.Module):
     """A row-parallel SpenseLinear as `ranks` ranks compute it: each quantises its own columns."""
@@ -55,18 +57,20 @@ def log_probabilities(model: nn.Module, prompts: list[list[int]]) -> list[Tensor
 
 @dataclass(frozen=True)
 class Reference:
-    """What an engine has to agree with.
+    """What an engine or device has to agree with, at every position of every prompt.
 
     Attributes:
-        logprobs: of transformers in the engine's dtype, float32 [tokens - 1, vocabulary] a prompt.
-        bound: largest difference that roundings explain. Two implementations err independently
-            around exact arithmetic (weights and the rules of FP8 are the same, but a value that is
-            rounded otherwise before FP8 can move a whole step there). The RMS of that error, e, is
-            measured on transformers; the difference of two is then about normal with sqrt(2) e, and
-            the largest of n such is below sqrt(2) e sqrt(2 ln 2 n) in most draws; 1.5 times that
-            leaves room for errors that are not quite normal.
+        tokens: the likeliest tokens in order, those that sampling sees: int64 [tokens - 1, TOP] a
+            prompt; logprobs: theirs, float32, of transformers on the CPU in the engine's dtype.
+        bound: largest difference that roundings explain: 2 E. Two implementations err
+            independently around exact arithmetic (weights and the rules of FP8 are the same, but a
+            value that is rounded otherwise before FP8 can move a whole step there). E is the
+            largest error of transformers over all these tokens; an engine that errs as much in the
+            other direction is 2 E away. Errors are larger at some positions than at others, so an
+            RMS would say little about the largest.
     """
 
+    tokens: list[Tensor]
     logprobs: list[Tensor]
     bound: float
 
@@ -83,7 +87,9 @@ def reference(
     def model(kind: torch.dtype) -> nn.Module:
         return parallel(load_checkpoint(path, dtype=kind, fuse=False), ranks)
 
-    got = log_probabilities(model(dtype), prompts)
+    rows = log_probabilities(model(dtype), prompts)
+    likeliest = [row.topk(min(TOP, row.shape[1]), dim=1) for row in rows]
+    del rows
     other = model(torch.float32)
     if dtype == torch.float32:
         noise = torch.Generator().manual_seed(1)
@@ -91,10 +97,17 @@ def reference(
             lambda module, inputs, x: x * (1 + 2.0**-21 * torch.randn(x.shape, generator=noise))
         )
     exact = log_probabilities(other, prompts)
-    errors = torch.cat([(a - b).flatten() for a, b in zip(got, exact, strict=True)])
-    rms = float(errors.double().square().mean().sqrt())
-    largest = (2 * math.log(2 * errors.numel())) ** 0.5
-    return Reference(got, 1.5 * 2**0.5 * rms * largest)
+    errors = torch.cat(
+        [
+            (best.values - row.gather(1, best.indices)).flatten()
+            for best, row in zip(likeliest, exact, strict=True)
+        ]
+    )
+    return Reference(
+        [best.indices for best in likeliest],
+        [best.values for best in likeliest],
+        2 * float(errors.abs().max()),
+    )
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,8 @@ class Agreement:
 
     Attributes:
         positions: how many were compared, teacher-forced.
-        largest: largest difference of a log-probability; bound: that of the reference.
+        largest: largest difference of a likely token's log-probability, infinite where the engine
+            does not name one; bound: that of the reference.
         decided: positions where the two likeliest tokens lie further apart than the bound.
         same_argmax: how many of those have the same likeliest token in both.
     """
@@ -122,14 +136,13 @@ class Agreement:
 def compare(engine: list[list[dict[int, float]]], wanted: Reference) -> Agreement:
     """Log-probabilities of an engine, token id -> value a position, against the reference."""
     largest, positions, decided, same = 0.0, 0, 0, 0
-    for ours, theirs in zip(engine, wanted.logprobs, strict=True):
-        for found, row in zip(ours, theirs, strict=True):
-            ids = torch.tensor(list(found))
-            values = torch.tensor(list(found.values()))
-            largest = max(largest, float((values - row[ids]).abs().max()))
-            best = row.topk(2)
+    for ours, tokens, logprobs in zip(engine, wanted.tokens, wanted.logprobs, strict=True):
+        for found, ids, values in zip(ours, tokens.tolist(), logprobs.tolist(), strict=True):
             positions += 1
-            if float(best.values[0] - best.values[1]) > wanted.bound:
+            for token, value in zip(ids, values, strict=True):
+                difference = abs(found[token] - value) if token in found else math.inf
+                largest = max(largest, difference)
+            if values[0] - values[1] > wanted.bound:
                 decided += 1
-                same += int(ids[values.argmax()] == best.indices[0])
+                same += int(max(found, key=found.get) == ids[0])
     return Agreement(positions, largest, wanted.bound, decided, same)
