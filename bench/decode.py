@@ -45,7 +45,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--no-parts", action="store_true", help="leave the breakdown out")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--merge", nargs="*", type=Path, default=[])
+    parser.add_argument("--merge", nargs="*", type=Path, default=[], help="older result files")
+    parser.add_argument("--merge-only", action="store_true", help="write --out and time nothing")
     return parser.parse_args(arguments)
 
 
@@ -175,6 +176,11 @@ class Runner:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
+    if args.merge_only:
+        merged = Results(args.out, {}, args.merge)
+        del merged.runs[merged.run]
+        merged.write()
+        return 0
     torch.manual_seed(0)
     runner = Runner(args)
     print(HEADER, flush=True)

@@ -191,6 +191,11 @@ def test_runs_merge_and_ratios_stay_inside_a_run(report, tmp_path):
     assert len(data["points"]) == 10, "the same point is replaced"
     (new,) = [p for p in data["points"] if p["run"] == 1]
     assert results.speed_up(new, data["points"]) is None, "no dense time in that run"
+    both = tmp_path / "c.json"
+    words = f"--merge-only --out {both} --merge {report} {tmp_path / 'b.json'}"
+    assert decode.main(words.split()) == 0
+    data = json.loads(both.read_text())
+    assert (len(data["runs"]), len(data["points"])) == (3, 10)
 
 
 def test_what_fails_is_told_and_the_rest_is_timed(tmp_path, capsys, monkeypatch):
