@@ -147,22 +147,38 @@ def row_curves(
         orders.append(gather_order(ranked, widths))
     size = dense.shape[2] // problems[0].k_shards
     out = torch.zeros(len(problems), len(widths), dense.shape[1], dtype=torch.float64)
-    for part in range(len(problems[0].parts)):
-        rows = problems[0].parts[part][0]
-        hessians = torch.stack([
-            permuted(p.parts[part][1], order) for p, order in zip(problems, orders, strict=True)
-        ])  # fmt: skip
+    for pieces in _alike(problems):
+        hessians = torch.stack([permuted(piece.hessian, orders[piece.index]) for piece in pieces])
         factor = torch.stack([
-            damped_factor(h, config.damping, p.name)[1]
-            for h, p in zip(hessians, problems, strict=True)
+            damped_factor(hessian, config.damping, problems[piece.index].name)[1]
+            for hessian, piece in zip(hessians, pieces, strict=True)
         ])  # fmt: skip
-        target = torch.stack([w[rows][:, o] for w, o in zip(dense, orders, strict=True)])
+        target = torch.stack([dense[p.index][p.rows][:, orders[p.index]] for p in pieces])
         for i, width in enumerate(widths):
             start = problems[0].k_shards * (size - width)
             if start:
-                loss = _curve(target, factor, hessians, start, config)
-                out[:, i, rows] = loss.double().cpu()
+                loss = _curve(target, factor, hessians, start, config).double().cpu()
+                for piece, lost in zip(pieces, loss, strict=True):
+                    out[piece.index, i, piece.rows] = lost
     return list(out)
+
+
+@dataclass
+class _Piece:
+    """Rows of one problem that share a Hessian. index: of the problem in its list."""
+
+    index: int
+    rows: slice
+    hessian: Tensor
+
+
+def _alike(problems: list[Problem]) -> list[list[_Piece]]:
+    """Pieces of all problems with the same number of rows together."""
+    found: dict[int, list[_Piece]] = {}
+    for index, problem in enumerate(problems):
+        for rows, hessian in problem.parts:
+            found.setdefault(rows.stop - rows.start, []).append(_Piece(index, rows, hessian))
+    return list(found.values())
 
 
 def _curve(target, factor, hessians, start: int, config: PruneConfig) -> Tensor:
@@ -194,23 +210,22 @@ def _sweep_all(jobs: list[_Job], config: PruneConfig) -> None:
         starts = [torch.full_like(s, k) for s in starts]
     for job in jobs:
         job.scale = torch.zeros(len(job.dense), device=job.dense.device) if config.fp8 else None
-    for part in range(len(jobs[0].problem.parts)):
-        _sweep_part(jobs, part, orders, starts, first, config)
+    for pieces in _alike([job.problem for job in jobs]):
+        _sweep_pieces(jobs, pieces, orders, starts, first, config)
 
 
-def _sweep_part(jobs, part: int, orders, starts, first: int, config: PruneConfig) -> None:
-    """The rows of one part of every job, which share a Hessian."""
-    rows = jobs[0].problem.parts[part][0]
-    hessians = [
-        permuted(job.problem.parts[part][1], o) for job, o in zip(jobs, orders, strict=True)
-    ]
+def _sweep_pieces(jobs, pieces, orders, starts, first: int, config: PruneConfig) -> None:
+    """Rows of several jobs, alike in number."""
+    hessians = [permuted(piece.hessian, orders[piece.index]) for piece in pieces]
     factors = []
-    for job, hessian in zip(jobs, hessians, strict=True):
+    for piece, hessian in zip(pieces, hessians, strict=True):
+        job = jobs[piece.index]
         _, factor, damping = damped_factor(hessian, config.damping, job.problem.name)
         job.damping = max(job.damping, damping)
         factors.append(factor)
-    factor, start = torch.stack(factors), torch.stack([s[rows] for s in starts])
-    target = torch.stack([j.dense[rows][:, o] for j, o in zip(jobs, orders, strict=True)])
+    factor = torch.stack(factors)
+    start = torch.stack([starts[p.index][p.rows] for p in pieces])
+    target = torch.stack([jobs[p.index].dense[p.rows][:, orders[p.index]] for p in pieces])
     swept = sweep(target, factor, start, sparse_start=first, coupled=config.mask == "pair")
     fitted = [
         _fit(swept.weight[i], target[i], swept.mask[i], hessian, start[i], config)
@@ -224,10 +239,11 @@ def _sweep_part(jobs, part: int, orders, starts, first: int, config: PruneConfig
             weight = sweep(weight, factor, start, mask=mask, scale=scale).weight
         else:
             weight = round_to_fp8(weight, scale[..., None])
-    for i, job in enumerate(jobs):
-        job.pruned[rows] = _restore(weight[i], orders[i])
+    for i, piece in enumerate(pieces):
+        job = jobs[piece.index]
+        job.pruned[piece.rows] = _restore(weight[i], orders[piece.index])
         if scale is not None:
-            job.scale[rows] = scale[i]
+            job.scale[piece.rows] = scale[i]
 
 
 def _fit(

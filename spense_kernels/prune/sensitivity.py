@@ -130,13 +130,13 @@ class _Taps:
         for name, sums in self._sums.items():
             if not bool(torch.isfinite(sums.squares).all()):
                 raise PruneError(f"prune: the gradient at {prefix}{name} has NaN or Inf")
-            mean = (sums.mass / sums.later).clamp_min(tiny)
-            full = prefix + name
+            mean, full = sums.mass / sums.later, prefix + name
             found.sensitivity[full] = (sums.squares / sums.later).cpu()
-            found.sinks[full] = (torch.cat(sums.sinks) / (mean * sums.tokens).sqrt()).cpu()
+            sinks = torch.cat(sums.sinks) / (mean * sums.tokens).clamp_min(tiny).sqrt()
+            found.sinks[full] = (sinks * (mean > 0)).cpu()
             found.norm_mean[full] = float(sums.norm) / sums.tokens
             if isinstance(sums.hessian, Tensor):
-                scale = mean * sums.later
+                scale = (mean * sums.later).clamp_min(tiny)
                 found.hessians[full] = symmetrize(sums.hessian).div_(scale).cpu()
 
     def _hook(self, sums: _Sums, norm_follows: bool, hessians: bool):
@@ -150,7 +150,8 @@ class _Taps:
                 weight = g.mean(dim=-1)
                 sums.sinks.append(flat[:, 0].float() * weight[:, :1].sqrt())
                 later = weight[:, 1:]
-                limit = CLIP * later.median()
+                felt = later[later > 0]  # with a stride, the last layer's others feel nothing
+                limit = CLIP * felt.median() if felt.numel() else 0.0
                 share = torch.where(later > limit, limit / later.clamp_min(1e-45), 1.0)
                 sums.squares = sums.squares + (g[:, 1:] * share[..., None]).sum(dim=(0, 1))
                 sums.mass = sums.mass + (later * share).sum()
