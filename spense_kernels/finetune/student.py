@@ -24,14 +24,25 @@ class StudentLinear(nn.Module):
     Attributes:
         weight: float32 Parameter [N, K], zero where pruned.
         mask: bool [N, K], True = kept; never changes.
+        scale: float32 [N], least scale of every row: where the weights come from FP8 it is theirs,
+            so that the first forward pass rounds nothing. A row that grows gets a larger one.
         bias: float32 [N] or None; not trained.
         split: Split of the layer, or None for one that is not going back into a SpenseLinear.
     """
 
-    def __init__(self, weight: Tensor, mask: Tensor, bias: Tensor | None, split: Split | None):
+    def __init__(
+        self,
+        weight: Tensor,
+        mask: Tensor,
+        bias: Tensor | None = None,
+        split: Split | None = None,
+        scale: Tensor | None = None,
+    ):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().float() * mask)
         self.register_buffer("mask", mask)
+        least = torch.zeros(weight.shape[0], device=weight.device) if scale is None else scale
+        self.register_buffer("scale", least.detach().float())
         self.register_buffer("bias", None if bias is None else bias.detach().float())
         self.split = split
         self.out_features, self.in_features = weight.shape
@@ -41,11 +52,12 @@ class StudentLinear(nn.Module):
         """The same weight, trainable."""
         hybrid = layer.hybrid_weight()
         weight = hybrid.dequantize()
-        return cls(weight, kept_places(weight, hybrid.split), hybrid.bias, hybrid.split)
+        mask = kept_places(weight, hybrid.split)
+        return cls(weight, mask, hybrid.bias, hybrid.split, hybrid.w_scale)
 
     def to_spense(self) -> SpenseLinear:
         """The FP8 layer that computes what this one does."""
-        codes, scale = quantize_rows(self.weight.detach() * self.mask)
+        codes, scale = quantize_rows(self.weight.detach() * self.mask, self.scale)
         codes = codes.view(torch.uint8)
         codes = torch.where(codes == 0x80, 0, codes)  # -0 counts as zero
         hybrid = HybridWeight.from_dense(codes, scale, self.split, self.bias)
@@ -54,16 +66,18 @@ class StudentLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""
         rows = x.reshape(-1, self.in_features)
-        y = _Fp8Linear.apply(rows, self.weight, self.mask)
+        y = _Fp8Linear.apply(rows, self.weight, self.mask, self.scale)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn, recurse=True):
-        # The master weight stays float32 when a model is cast.
+        # What is float32 by definition stays so when a model is cast.
         super()._apply(fn, recurse)
-        if self.weight.dtype != torch.float32:
-            self.weight.data = self.weight.data.float()
+        self.weight.data = self.weight.data.float()
+        for name, buffer in self._buffers.items():
+            if buffer is not None and name != "mask":
+                self._buffers[name] = buffer.float()
         return self
 
 
@@ -81,18 +95,21 @@ def kept_places(weight: Tensor, split: Split) -> Tensor:
     return keep
 
 
-def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """float8_e4m3fn [M, K] and float32 scale [M] = max(|row|, 1e-12) / 448."""
-    scale = values.abs().amax(dim=1).float().clamp_min(_AMAX_FLOOR) / FP8_MAX
-    scaled = values.float() / scale[:, None]
+def quantize_rows(values: Tensor, least: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn [M, K] and float32 scale [M] = max(|row|, 1e-12) / 448, or `least` if larger."""
+    scale = values.abs().amax(dim=1).float().clamp_min(_AMAX_FLOOR) * (1.0 / FP8_MAX)
+    if least is not None:
+        # 448 * scale / 448 need not round back to scale.
+        scale = torch.where(scale > least * (1.0 + 1e-6), scale, least)
+    scaled = values.float() * scale.reciprocal()[:, None]
     return scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, mask):
+    def forward(ctx, x, weight, mask, scale):
         x8, x_scale = quantize_rows(x)
-        w8, w_scale = quantize_rows(weight * mask)
+        w8, w_scale = quantize_rows(weight * mask, scale)
         ctx.save_for_backward(x8, x_scale, w8, w_scale, mask)
         ctx.dtype = x.dtype
         return _product(x8, x_scale, w8, w_scale, x.dtype)
@@ -106,7 +123,7 @@ class _Fp8Linear(torch.autograd.Function):
             x_grad = (grad * w_scale.to(dtype)) @ w8.to(dtype)
         if ctx.needs_input_grad[1]:
             w_grad = ((grad * x_scale[:, None].to(dtype)).T @ x8.to(dtype)).float() * mask
-        return x_grad, w_grad, None
+        return x_grad, w_grad, None, None
 
 
 def _product(x8, x_scale, w8, w_scale, dtype) -> Tensor:
