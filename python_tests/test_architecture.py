@@ -49,11 +49,12 @@ PYTHON_ARROWS = {
     "models": MODELS - {"evaluate"},
     "evaluate": MODELS,
     "prune": MODELS,
+    "finetune": MODELS | {"prune"},
     "hf": MODELS | {"prune"},
     "_register": set(),
     "testing": MODELS,
     "demo": MODELS | {"prune"},
-    "cli": MODELS | {"prune", "demo"},
+    "cli": MODELS | {"prune", "finetune", "demo"},
 }
 
 
