@@ -340,7 +340,9 @@ def test_finetune_makes_a_closer_checkpoint(place, tmp_path):
     assert found["provenance"]["settings"]
     eval_args = ("--text", place / "text.txt", "--windows", 3, "--seq-len", 32)
     assert spense("eval", tmp_path / "tuned", *eval_args, "--dtype", "float32").exit_code == 0
-    assert spense(*args, "--work-dir", tmp_path / "work", "--resume").exit_code == 2  # --out is there
+    assert (
+        spense(*args, "--work-dir", tmp_path / "work", "--resume").exit_code == 2
+    )  # --out is there
     again = spense(*args, "--work-dir", tmp_path / "work", "--resume", "--force")
     assert again.exit_code == 0, again.output
 

@@ -249,7 +249,7 @@ def _sweep_pieces(jobs, pieces, orders, starts, first: int, config: PruneConfig)
 def _fit(
     weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, start: Tensor, config
 ) -> tuple[Tensor, Tensor]:
-    """Refitted weights [N, K] and their mask: the sweep's, or a searched one where it loses less."""
+    """Refitted weights [N, K] and their mask: the sweep's, or a searched one that loses less."""
 
     def fit(weight, mask):
         return refit(

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much the model's loss reacts to an error at each output of each projection.
 
-With g = d loss / d y, the loss that an error e_i in row i adds is about sum_t g_ti^2 (e_i x_t)^2 / 2.
-It is taken apart as F_i e_i H e_i^T: F_i = E_t[g_ti^2] (the diagonal of the Fisher matrix) and H
-with token weights of mean 1. Two kinds of tokens would ruin that product and are kept apart:
+With g = d loss / d y, an error e_i in row i adds about sum_t g_ti^2 (e_i x_t)^2 / 2 to the loss. It
+is taken apart as F_i e_i H e_i^T: F_i = E_t[g_ti^2] (the diagonal of the Fisher matrix) and H with
+token weights of mean 1. Two kinds of tokens would ruin that product and are kept apart:
 
 * The first token of a sequence. Attention uses it as a sink, so all later tokens depend on it: up
-  to 96 % of the squared gradient at k, v and down sits there. Its input is nearly the same vector in
-  every sequence, so its error is one direction, which a weight in H removes; F leaves it out.
+  to 96 % of the squared gradient at k, v and down sits there. Its input is nearly the same vector
+  in every sequence, so its error is one direction, which a weight in H removes; F leaves it out.
 * A few tokens with gradients far above the rest: their weights stop at CLIP times the median.
 """
 
