@@ -84,7 +84,7 @@ def _mean_and_error(values: list[float]) -> tuple[float, float | None]:
 
 
 def logits_of(model, hidden: Tensor) -> Tensor:
-    """float32 [T, vocabulary] logits of last hidden states [T, D], scaled and capped as in forward."""
+    """float32 [T, vocabulary] logits of last hidden states [T, D], scaled and capped."""
     scale, cap = _logit_scale(model.config), getattr(model.config, "final_logit_softcapping", None)
     logits = model.get_output_embeddings()(hidden).float()
     if scale != 1.0:

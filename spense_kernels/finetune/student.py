@@ -96,7 +96,7 @@ def kept_places(weight: Tensor, split: Split) -> Tensor:
 
 
 def quantize_rows(values: Tensor, least: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """float8_e4m3fn [M, K] and float32 scale [M] = max(|row|, 1e-12) / 448, or `least` if larger."""
+    """float8_e4m3fn [M, K], float32 scale [M] = max(|row|, 1e-12) / 448, at least `least`."""
     scale = values.abs().amax(dim=1).float().clamp_min(_AMAX_FLOOR) * (1.0 / FP8_MAX)
     if least is not None:
         # 448 * scale / 448 need not round back to scale.
