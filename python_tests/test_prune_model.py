@@ -53,7 +53,8 @@ def test_families_end_to_end(family, strategy, tokens):
     model = make(family)
     target = shallow_clone(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    report = prune_model(target, tokens, quick(strategy=strategy))
+    steps = {"uniform": 0, "staircase": 6}[strategy]
+    report = prune_model(target, tokens, quick(strategy=strategy, admm_steps=steps))
     linears = [m for m in target.modules() if isinstance(m, SpenseLinear)]
     assert len(linears) == len(report.modules) == 2 * 7
     assert isinstance(target.lm_head, nn.Linear)

@@ -11,6 +11,8 @@ _PLAIN = {
     "refit_steps": 0,
     "token_weighting": "none",
     "fp8": False,
+    "sinks": False,
+    "admm_steps": 0,
 }
 _BEST = {"search_rounds": 150, "search_rows": 4096, "refit_steps": 20}
 

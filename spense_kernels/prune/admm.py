@@ -69,12 +69,20 @@ def _search(start: Tensor, target: Tensor, hessian: Tensor, steps: int) -> Tenso
     pulls = max(1, -(-steps // PULL_STEPS))
     growth = (LAST_PULL / FIRST_PULL) ** (1.0 / max(1, pulls - 1))
     eye = torch.eye(len(root), device=root.device)
+    size = len(cut) if cut.is_cuda else ROWS
     for i in range(pulls):
         pull = FIRST_PULL * growth**i
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled + pull * eye))
-        for _ in range(min(PULL_STEPS, steps - i * PULL_STEPS)):
-            value = (goal + pull * cut - multiplier) @ inverse
-            cut = value + multiplier / pull
-            cut *= top2_mask(cut.abs())
-            multiplier += pull * (value - cut)
+        count = min(PULL_STEPS, steps - i * PULL_STEPS)
+        for part in zip(cut.split(size), goal.split(size), multiplier.split(size), strict=True):
+            _steps(*part, inverse, pull, count)
     return cut / root
+
+
+def _steps(cut: Tensor, goal: Tensor, multiplier: Tensor, inverse: Tensor, pull: float, count: int):
+    """Some steps at one pull; `cut` and `multiplier` [n, K] change in place."""
+    for _ in range(count):
+        value = torch.add(goal, cut, alpha=pull).sub_(multiplier) @ inverse
+        torch.add(value, multiplier, alpha=1.0 / pull, out=cut)
+        cut *= top2_mask(cut.abs())
+        multiplier.add_(value.sub_(cut), alpha=pull)
