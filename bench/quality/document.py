@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "pruning.md"
 STEPS = re.compile(
-    r"a\d |s\d |random|magnitude col|activation|obs col|dense first|sequential|search "
+    r"a\d |s\d |random|magnitude col|activation|obs col|dense first|sequential|search |fp8 rounded"
 )
 
 
