@@ -71,24 +71,35 @@ def cpu_table(cpu: dict) -> str:
 
 
 def quality_table(quality: dict) -> str:
-    """What one-shot pruning keeps, as R and perplexity."""
-    names = ("dense", "dense fp8", "staircase 25 %", "uniform 25 %", "2:4", "sparsegpt 2:4")
-    lines = ["| | perplexity | R |", "| --- | --- | --- |"]
-    for name in names:
-        test = quality["rows"][name]["test"]
+    """What pruning keeps, as R and perplexity; means where a row has several calibration seeds."""
+    seeds: dict[str, list[dict]] = {}
+    for name, row in quality["rows"].items():
+        if not re.match(r"s\d ", name):  # single ideas: docs/pruning.md
+            seeds.setdefault(re.sub(r", seed \d+$", "", name), []).append(row["test"])
+    lines = ["| | perplexity | R | seeds |", "| --- | --- | --- | --- |"]
+    order = sorted(seeds, key=lambda name: -_mean(seeds[name], "r"))
+    for name in order:
+        error = max(test["r_stderr"] for test in seeds[name])
         lines.append(
-            f"| {name} | {test['ppl']:.2f} | {_plus_minus(test['r'], test['r_stderr'], 3)} |"
+            f"| {name} | {_mean(seeds[name], 'ppl'):.2f} | "
+            f"{_plus_minus(_mean(seeds[name], 'r'), error, 3)} | {len(seeds[name])} |"
         )
     setup = quality["setup"]
     predictions = setup["test_windows"] * (setup["window_tokens"] - 1)
     lines += [
         "",
-        f"{setup['model']}, {predictions:,} held-out tokens of prose. R = 0 is plain SparseGPT 2:4 "
-        "and R = 1 the dense model, both without FP8; all rows but these two carry FP8 weights and "
-        "FP8 activations a token. One calibration seed, k_shards 1. Settings and every single "
-        "idea's share: [docs/pruning.md](docs/pruning.md).",
+        f"{setup['model']}, {predictions:,} held-out tokens of prose, "
+        f"{quality['machine']['device']}. {setup['status'].capitalize()}. R = 0 is plain SparseGPT "
+        "2:4 and R = 1 the dense model, both without FP8; all rows but these two carry FP8 weights "
+        "and FP8 activations a token. "
+        "± is the standard error over test windows; k_shards 1. Settings and every single idea's "
+        "share: [docs/pruning.md](docs/pruning.md).",
     ]
     return "\n".join(lines)
+
+
+def _mean(tests: list[dict], key: str) -> float:
+    return sum(test[key] for test in tests) / len(tests)
 
 
 def gemm_table(gemm: dict) -> str:
@@ -111,7 +122,7 @@ PAGES = {
     "README.md": {
         "demo": (RESULTS / "demo.json", demo_table),
         "cpu": (RESULTS / "cpu_linear.json", cpu_table),
-        "quality": (RESULTS / "quality.json", quality_table),
+        "quality": (RESULTS / "quality_h100.json", quality_table),
         "gemm": (RESULTS / "gemm_h100.json", gemm_table),
     },
     "docs/performance.md": {

@@ -29,6 +29,7 @@ FAMILIES = {
     ),
 }
 QUICK = {"search_rounds": 3, "search_rows": 64, "refit_steps": 4, "sensitivity_sequences": 2}
+QUICK |= {"admm_steps": 0}
 
 
 def quick(**changes) -> PruneConfig:

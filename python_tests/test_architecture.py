@@ -50,12 +50,13 @@ PYTHON_ARROWS = {
     "models": MODELS - {"evaluate"},
     "evaluate": MODELS,
     "prune": MODELS,
+    "finetune": MODELS | {"prune"},
     "hf": MODELS | {"prune"},
     "vllm": WEIGHTS | {"checkpoint"},
     "_register": set(),
     "testing": MODELS,
     "demo": MODELS | {"prune"},
-    "cli": MODELS | {"prune", "demo"},
+    "cli": MODELS | {"prune", "finetune", "demo"},
 }
 
 

@@ -323,3 +323,38 @@ def test_list_options_take_several_values():
         "--text", "a", "--text", "b", "--text", "c",
     ]  # fmt: skip
     assert spread(["prune", "m", "--seed", "1", "x"]) == ["prune", "m", "--seed", "1", "x"]
+
+
+def test_finetune_makes_a_closer_checkpoint(place, tmp_path):
+    args = (
+        "finetune", place / "pruned", "--teacher", place / "dense", "--out", tmp_path / "tuned",
+        "--calibration", place / "text.txt", *SMALL, "--steps", 12, "--batch", 4, "--lr", 5e-5,
+    )  # fmt: skip
+    done = spense(*args, "--work-dir", tmp_path / "work", "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result["last_loss"] < result["first_loss"]
+    assert spense("verify", tmp_path / "tuned").exit_code == 0
+    found = json.loads(spense("inspect", tmp_path / "tuned", "--json").stdout)
+    assert found["provenance"]["finetune"]["settings"]["steps"] == 12
+    assert found["provenance"]["settings"]
+    eval_args = ("--text", place / "text.txt", "--windows", 3, "--seq-len", 32)
+    assert spense("eval", tmp_path / "tuned", *eval_args, "--dtype", "float32").exit_code == 0
+    assert (
+        spense(*args, "--work-dir", tmp_path / "work", "--resume").exit_code == 2
+    )  # --out is there
+    again = spense(*args, "--work-dir", tmp_path / "work", "--resume", "--force")
+    assert again.exit_code == 0, again.output
+
+
+def test_finetune_tells_a_mistake(place, tmp_path):
+    out = ("--out", tmp_path / "tuned")
+    done = spense("finetune", place / "dense", "--teacher", place / "dense", *out)
+    assert done.exit_code == 2
+    assert "no spense checkpoint" in done.output
+    done = spense("finetune", place / "pruned", "--teacher", place / "pruned", *out)
+    assert done.exit_code == 2
+    assert "pruned already" in done.output
+    done = spense("finetune", place / "pruned", "--teacher", place / "dense", *out, "--lr", "0")
+    assert done.exit_code == 2
+    assert not (tmp_path / "tuned").exists()

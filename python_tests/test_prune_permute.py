@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from spense_kernels.errors import PruneError
 from spense_kernels.format import Split
-from spense_kernels.prune.compress import Problem, choose_order, gather_order, rank_columns
 from spense_kernels.prune.config import PruneConfig
+from spense_kernels.prune.order import Problem, choose_order, gather_order, rank_columns
 from spense_kernels.prune.permute import (
     _values_at_once,
     _values_one_by_one,

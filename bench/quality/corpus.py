@@ -30,7 +30,8 @@ VERSIONS = {
     "debian-handbook": "11.20220922",
     "jargon-text": "4.4.7-4.1",
 }
-CALIBRATION_SEED, TEST_SEED = 1, 2
+CALIBRATION_SEED, TEST_SEED, VALIDATION_SEED = 1, 2, 999
+RESERVE = 24  # windows of the handbook that no calibration set takes
 _BLOCK = re.compile(r"</(p|div|li|h\d|tr|pre|blockquote|dt|dd|title)>|<br */?>", re.IGNORECASE)
 _DROP = re.compile(r"<(script|style|head)\b.*?</\1>", re.IGNORECASE | re.DOTALL)
 
@@ -44,6 +45,7 @@ class Prose:
         outside: the Jargon File.
         vocabulary: int64 [V], the tokens that occur anywhere in the three works, sorted.
         hashes: SHA-256 of the packages and of the windows.
+        pools: "faq" and "book", all windows of the calibration side.
     """
 
     calibration: Tensor
@@ -51,6 +53,7 @@ class Prose:
     outside: Tensor
     vocabulary: Tensor
     hashes: dict[str, str]
+    pools: dict[str, Tensor]
 
 
 def fetch(folder: Path) -> dict[str, Path]:
@@ -128,6 +131,49 @@ def _alternate(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([a, b], dim=1).flatten(0, 1)
 
 
+def draw_calibration(pools: dict[str, Tensor], count: int, seed: int) -> Tensor:
+    """int64 [count, L]: both books in equal shares, in turn.
+
+    The handbook has fewer windows; beyond that the FAQ fills up and each of the handbook's counts
+    as often as it takes. RESERVE of its windows stay out, for validation.
+    """
+    faq, book = pools["faq"], pools["book"]
+    drawn = CALIBRATION_SEED + 1000 * seed
+    half = min(count // 2, book.shape[0] - RESERVE)
+    first, second = _sample(faq, count - half, drawn), _sample(book, half, drawn)
+    if first.shape[0] == half:
+        return _alternate(first, second)
+    both = torch.cat([first, second])
+    return both[torch.randperm(count, generator=torch.Generator().manual_seed(drawn))]
+
+
+def draw_validation(pools: dict[str, Tensor], seen: Tensor, count: int) -> Tensor:
+    """int64 [count, L] of the calibration side that are not in `seen`, half of each book."""
+    known = {tuple(row.tolist()) for row in seen}
+    out = []
+    for pool in pools.values():
+        shuffled = _sample(pool, pool.shape[0], VALIDATION_SEED)
+        rows = [row for row in shuffled if tuple(row.tolist()) not in known]
+        if len(rows) < count // 2:
+            raise SystemExit(f"corpus: {len(rows)} windows left for validation of {count // 2}")
+        out.append(torch.stack(rows[: count // 2]))
+    return torch.cat(out)
+
+
+def training_windows(pools: dict[str, Tensor]) -> Tensor:
+    """All text of the calibration side for a fine-tune: each book cut at several offsets."""
+    out = []
+    for name, cuts in (("faq", 4), ("book", 8)):
+        pool = pools[name]
+        length = pool.shape[1] - 1
+        stream = pool[:, 1:].flatten()
+        for cut in range(cuts):
+            part = stream[cut * length // cuts :]
+            rows = part[: len(part) // length * length].view(-1, length)
+            out.append(torch.cat([pool[:1, :1].expand(len(rows), 1), rows], dim=1))
+    return torch.cat(out)
+
+
 def load_prose(
     tokenizer, folder: Path, calibration: int, test: int, outside: int = 16, length: int = 512,
     seed: int = 0,
@@ -143,16 +189,13 @@ def load_prose(
     book_a, book_b = _handbook(packages["debian-handbook"])
     book_a, book_b = (_windows(tokenizer, texts, length) for texts in (book_a, book_b))
     jargon = _windows(tokenizer, _jargon(packages["jargon-text"]), length)
-    calibration_seed = CALIBRATION_SEED + 1000 * seed
     # 64 a book are always drawn, so that fewer test windows are a part of more.
     tests = _alternate(_sample(faq_b, 64, TEST_SEED), _sample(book_b, 64, TEST_SEED))
-    calibrations = _alternate(
-        _sample(faq_a, calibration // 2, calibration_seed),
-        _sample(book_a, calibration // 2, calibration_seed),
-    )
+    pools = {"faq": faq_a, "book": book_a}
+    calibrations = draw_calibration(pools, calibration, seed)
     vocabulary = torch.cat([faq_a, faq_b, book_a, book_b, jargon]).unique()
     outsides = _sample(jargon, outside, TEST_SEED)
-    prose = Prose(calibrations, tests[:test], outsides, vocabulary, dict(PACKAGES))
+    prose = Prose(calibrations, tests[:test], outsides, vocabulary, dict(PACKAGES), pools)
     for name in ("calibration", "test", "outside"):
         data = getattr(prose, name).numpy().tobytes()
         prose.hashes[name] = hashlib.sha256(data).hexdigest()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of docs/pruning.md from bench/results/quality.json, between their markers.
+"""Write the tables of docs/pruning.md from the committed results, between their markers.
+
+quality.json is the table of single ideas; quality_h100.json holds what was tried on top of it.
 
 `python bench/quality/document.py` rewrites the page; `--check` fails when it is out of date.
 """
@@ -12,9 +14,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULT = ROOT / "bench" / "results" / "quality.json"
+RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "pruning.md"
-STEPS = re.compile(r"a\d |random|magnitude col|activation|obs col|dense first|sequential|search ")
+STEPS = re.compile(
+    r"a\d |s\d |random|magnitude col|activation|obs col|dense first|sequential|search |fp8 rounded"
+)
 
 
 def table(rows: dict, names: list[str]) -> str:
@@ -39,7 +43,8 @@ def table(rows: dict, names: list[str]) -> str:
 def setup(result: dict) -> str:
     s, machine = result["setup"], result["machine"]
     tokens = s["window_tokens"]
-    return (
+    status = f"{s['status'].capitalize()}. " if "status" in s else ""
+    return status + (
         f"{s['model']}; {s['calibration_windows']} calibration windows and {s['test_windows']} "
         f"test windows of {tokens} tokens ({s['test_windows'] * (tokens - 1):,} predictions), "
         f"{s['outside_windows']} windows of the Jargon File as text from outside; softmax over "
@@ -49,23 +54,67 @@ def setup(result: dict) -> str:
     )
 
 
-def render(page: str, result: dict) -> str:
+def times(result: dict) -> str:
+    """Fine-tunes: what they cost and gave."""
+    lines = [
+        "| row | steps | tokens | seconds | R | validation R | outside R |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in result["rows"].items():
+        if "tune_seconds" in row:
+            lines.append(
+                f"| {name} | {row['steps']} | {row['tokens']:,} | {row['tune_seconds']:.0f} | "
+                f"{row['test']['r']:.3f} | {row['validation']['r']:.3f} | "
+                f"{row['outside']['r']:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def validation(result: dict) -> str:
+    """Ideas in the order they were tried: the validation windows decided."""
+    lines = [
+        "| row | validation R | test R | outside R | prune s |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, row in result["rows"].items():
+        if re.match(r"s\d ", name):
+            lines.append(
+                f"| {name} | {row['validation']['r']:.3f} ± {row['validation']['r_stderr']:.3f} | "
+                f"{row['test']['r']:.3f} ± {row['test']['r_stderr']:.3f} | "
+                f"{row['outside']['r']:.3f} | {row['prune_seconds']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def parts(prefix: str, result: dict) -> dict[str, str]:
+    """Text by marker."""
     rows = result["rows"]
     main = [name for name in rows if not STEPS.match(name) and "search" not in name]
-    steps = [name for name in rows if name not in main]
-    parts = {"setup": setup(result), "main": table(rows, main), "steps": table(rows, steps)}
-    for name, text in parts.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(page):
-            raise SystemExit(f"{PAGE.name}: no markers <!-- {name} --> ... <!-- /{name} -->")
-        page = pattern.sub(lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page)
+    found = {f"{prefix}setup": setup(result), f"{prefix}main": table(rows, main)}
+    if any("validation" in row for row in rows.values()):
+        found |= {f"{prefix}steps": validation(result), f"{prefix}tune": times(result)}
+    else:
+        steps = [name for name in rows if name not in main]
+        found[f"{prefix}steps"] = table(rows, steps)
+    return found
+
+
+def render(page: str) -> str:
+    for prefix, name in (("", "quality.json"), ("h100-", "quality_h100.json")):
+        result = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+        for marker, text in parts(prefix, result).items():
+            pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
+            if not pattern.search(page):
+                raise SystemExit(
+                    f"{PAGE.name}: no markers <!-- {marker} --> ... <!-- /{marker} -->"
+                )
+            page = pattern.sub(lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page)
     return page
 
 
 def main() -> int:
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
     old = PAGE.read_text(encoding="utf-8")
-    new = render(old, result)
+    new = render(old)
     if "--check" in sys.argv[1:]:
         if old != new:
             print(f"{PAGE.name} is out of date: run {Path(__file__).name}", file=sys.stderr)

@@ -19,7 +19,7 @@ from spense_kernels.prune.hessian import accumulate, symmetrize, token_weights
 from spense_kernels.prune.statistics import (
     LayerStatistics,
     Quiet,
-    add_sensitivity,
+    add_gradients,
     describe_calibration,
 )
 
@@ -65,7 +65,7 @@ def both_statistics(model, calibration: Tensor, device="cpu") -> dict[str, Stati
         note = describe_calibration(calibration)
         found[weighting] = Statistics(collected, weighting, calibration=note)
     config = PruneConfig(strategy="staircase")
-    add_sensitivity(found["norm"], model, calibration, config, Quiet(), device)
+    add_gradients(found["norm"], model, calibration, config, Quiet(), device)
     print(f"  sensitivity {time.monotonic() - begin:.0f} s", flush=True)
     return found
 

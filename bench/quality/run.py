@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from corpus import Prose, load_prose
 from measure import both_statistics, mean_and_error, window_losses
+from session import add_r
 from variants import VARIANTS
 
 from spense_kernels.models import load_dense
@@ -58,7 +59,7 @@ def main() -> None:
             continue
         print(name, flush=True)
         results["rows"][name] = run_variant(name, model, prose, statistics, options)
-        finish(results)
+        add_r(results["rows"], ("test", "outside"))
         text = (json.dumps(results, indent=1) + "\n").encode()
         write_atomic(options.out, lambda file, text=text: file.write(text))
     show(results)
@@ -90,7 +91,7 @@ def open_results(options, prose) -> dict:
 
 def cached_prose(tokenizer, options) -> Prose:
     """Windows from the cache folder, or made from the packages and kept there."""
-    name = f"prose_{options.calibration}_{options.test}_{options.seed}.pt"
+    name = f"prose2_{options.calibration}_{options.test}_{options.seed}.pt"
     path = options.cache / name
     if path.exists():
         return Prose(**torch.load(path, weights_only=True))
@@ -102,7 +103,7 @@ def cached_prose(tokenizer, options) -> Prose:
 
 
 def cached_statistics(model, calibration, options) -> dict[str, Statistics]:
-    folder = options.cache / f"statistics_{options.calibration}_{options.seed}"
+    folder = options.cache / f"statistics2_{options.calibration}_{options.seed}"
     paths = {name: folder / f"{name}.pt" for name in ("none", "norm")}
     if not all(path.exists() for path in paths.values()):
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,23 +141,6 @@ def run_variant(name: str, model, prose, statistics, options) -> dict:
     row["evaluate_seconds"] = round(time.monotonic() - begin, 1)
     print(f"  nll {row['test']['nll']:.4f} outside {row['outside']['nll']:.4f}", flush=True)
     return row
-
-
-def finish(results: dict) -> None:
-    """Fill R of every row, with its error from the windows, where both ends are there."""
-    rows = results["rows"]
-    if "dense" not in rows or "sparsegpt 2:4" not in rows:
-        return
-    for part in ("test", "outside"):
-        low, high = rows["sparsegpt 2:4"][part], rows["dense"][part]
-        gap = low["nll"] - high["nll"]
-        for row in rows.values():
-            entry = row[part]
-            entry["r"] = (low["nll"] - entry["nll"]) / gap
-            # First order: error of the ratio of two means over the same windows.
-            triples = zip(low["window_nll"], high["window_nll"], entry["window_nll"], strict=True)
-            spread = [((a - c) - entry["r"] * (a - b)) / gap for a, b, c in triples]
-            entry["r_stderr"] = mean_and_error(spread)[1]
 
 
 def show(results: dict) -> None:

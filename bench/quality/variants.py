@@ -11,8 +11,11 @@ _PLAIN = {
     "refit_steps": 0,
     "token_weighting": "none",
     "fp8": False,
+    "sinks": False,
+    "admm_steps": 0,
 }
 _BEST = {"search_rounds": 150, "search_rows": 4096, "refit_steps": 20}
+_WITHOUT = {"sinks": False, "admm_steps": 0}
 
 
 def _plain(**changes) -> PruneConfig:
@@ -45,9 +48,12 @@ VARIANTS: dict[str, PruneConfig | None] = {
     "a1 + token weighting": _plain(token_weighting="norm"),
     "a2 + exact pair": _plain(token_weighting="norm", mask="pair"),
     "a3 + snake": _plain(token_weighting="norm", mask="pair", permutation="snake"),
-    "a4 + searched order": _best(refit_steps=0, fp8=False),
-    "a5 + refit, 2 steps": _best(refit_steps=2, fp8=False),
-    "a6 fp8 rounded at the end": _best(fp8_feedback=False),
+    "a4 + searched order": _best(refit_steps=0, fp8=False, **_WITHOUT),
+    "a5 + refit, 2 steps": _best(refit_steps=2, fp8=False, **_WITHOUT),
+    "a6 + refit, 20 steps": _best(fp8=False, **_WITHOUT),
+    "a7 + sinks": _best(fp8=False, admm_steps=0),
+    "a8 + mask search": _best(fp8=False),
+    "fp8 rounded at the end 25 %": _best(fp8_feedback=False),
     # Controls.
     "random columns 25 %": _plain(score="random"),
     "magnitude columns 25 %": _plain(score="magnitude"),

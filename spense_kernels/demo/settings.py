@@ -6,6 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# What two CPU cores can afford in minutes: without the search for better masks (it doubles the time
+# of a prune), and few sequences for the backward pass.
+PRUNER = {"admm_steps": 0, "sensitivity_sequences": 4}
 PROMPTS = (
     "In economics, inflation is",
     "The first thing to know about a Python dictionary is that",
@@ -38,7 +41,7 @@ class DemoSettings:
     length: int = 512
     calibration_windows: int = 64
     test_windows: int = 16
-    pruner: dict = field(default_factory=dict)
+    pruner: dict = field(default_factory=PRUNER.copy)
     new_tokens: int = 40
     prompts: tuple[str, ...] = field(default=PROMPTS)
 
@@ -49,7 +52,12 @@ class DemoSettings:
             small = {
                 "calibration_windows": 8,
                 "test_windows": 4,
-                "pruner": {"refit_steps": 4, "search_rounds": 10},
+                "pruner": {
+                    **PRUNER,
+                    "refit_steps": 4,
+                    "search_rounds": 10,
+                    "sensitivity_sequences": 2,
+                },
                 "new_tokens": 12,
                 "prompts": PROMPTS[:2],
             }

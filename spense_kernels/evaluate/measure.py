@@ -83,17 +83,20 @@ def _mean_and_error(values: list[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(variance / count)
 
 
-def _token_nll(model, hidden: Tensor, targets: Tensor) -> Tensor:
-    head = model.get_output_embeddings()
+def logits_of(model, hidden: Tensor) -> Tensor:
+    """float32 [T, vocabulary] logits of last hidden states [T, D], scaled and capped."""
     scale, cap = _logit_scale(model.config), getattr(model.config, "final_logit_softcapping", None)
-    rows = max(1, LOGIT_BYTES // (4 * head.weight.shape[0]))
+    logits = model.get_output_embeddings()(hidden).float()
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _token_nll(model, hidden: Tensor, targets: Tensor) -> Tensor:
+    rows = max(1, LOGIT_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))
     parts = []
     for start in range(0, hidden.shape[0], rows):
-        logits = head(hidden[start : start + rows]).float()
-        if scale != 1.0:
-            logits *= scale
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
+        logits = logits_of(model, hidden[start : start + rows])
         chunk = targets[start : start + rows]
         parts.append(torch.nn.functional.cross_entropy(logits, chunk, reduction="none"))
     return torch.cat(parts)

@@ -6,43 +6,30 @@ Pure tensor functions; everything runs on the device of the weights.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from spense_kernels.prune.admm import search_mask
 from spense_kernels.prune.config import PruneConfig
-from spense_kernels.prune.hessian import damped_factor, dead_inputs, permuted
+from spense_kernels.prune.hessian import damped_factor, permuted
 from spense_kernels.prune.mask import top2_mask
 from spense_kernels.prune.obs import FP8_MAX, round_to_fp8, sweep
-from spense_kernels.prune.permute import search, snake
+from spense_kernels.prune.order import (
+    Problem,
+    choose_order,
+    dense_starts,
+    distinct_widths,
+    gather_order,
+    inverse_diagonals,
+    problem_scores,
+    rank_columns,
+)
 from spense_kernels.prune.refit import refit
-from spense_kernels.prune.saliency import column_scores, inverse_diagonal, weight_saliency
-from spense_kernels.prune.widths import TILE_ROWS
+from spense_kernels.prune.saliency import weight_saliency
 
 _AMAX_FLOOR = 1e-12
-
-
-@dataclass
-class Problem:
-    """What pruning one group of projections needs.
-
-    Attributes:
-        name: for messages.
-        weights: [N_i, K] each, one device.
-        hessian: float32 [K, K], symmetric, undamped.
-        widths: int64 [ceil(N_i / 128)] each: dense columns of a shard, a tile.
-        k_shards: shards of K.
-        row_weights: float32 [N_i] each: how much an output's error matters; None for equal.
-    """
-
-    name: str
-    weights: list[Tensor]
-    hessian: Tensor
-    widths: list[Tensor]
-    k_shards: int = 1
-    row_weights: list[Tensor] | None = None
 
 
 @dataclass
@@ -104,14 +91,14 @@ class _Job:
 
 def _start(problem: Problem, generator: torch.Generator, config: PruneConfig) -> _Job:
     original = torch.cat([w.float() for w in problem.weights])
-    starts = _dense_starts(problem)
-    dense = torch.where(dead_inputs(problem.hessian), 0.0, original)
+    starts = dense_starts(problem)
+    dense = problem.stacked()
     k_perm, damping = _identity(problem), config.damping
     done = config.dense_fraction == 1.0 or int(starts.max()) == 0
     if not done:
         k_perm, damping = choose_order(problem, dense, starts, config, generator)
-    order = gather_order(k_perm, _distinct(problem))
-    return _Job(problem, original, dense, starts, damping, k_perm, order, done, original)
+    order = gather_order(k_perm, distinct_widths(problem))
+    return _Job(problem, original, dense, starts, damping, k_perm, order, done, original.clone())
 
 
 def _finish(job: _Job, config: PruneConfig) -> Solution:
@@ -119,8 +106,11 @@ def _finish(job: _Job, config: PruneConfig) -> Solution:
     if job.done and config.fp8:  # nothing is sparse: plain FP8 rounding
         job.scale = fp8_scale(original)
         job.pruned = round_to_fp8(original, job.scale[:, None])
-    error, energy = _errors(job.pruned - original, original, problem.hessian)
     sizes = [w.shape[0] for w in problem.weights]
+    error, energy = torch.empty(len(original)).double(), torch.empty(len(original)).double()
+    for rows, hessian in problem.parts:
+        lost, whole = _errors(job.pruned[rows] - original[rows], original[rows], hessian)
+        error[rows], energy[rows] = lost.cpu(), whole.cpu()
     ratios = [
         float(e.sum() / s.sum().clamp_min(1e-30))
         for e, s in zip(error.split(sizes), energy.split(sizes), strict=True)
@@ -134,97 +124,77 @@ def fp8_scale(weight: Tensor) -> Tensor:
     return weight.abs().amax(dim=-1).clamp_min(_AMAX_FLOOR) / FP8_MAX
 
 
-def choose_order(
-    problem: Problem, dense: Tensor, starts: Tensor, config: PruneConfig, generator
-) -> tuple[Tensor, float]:
-    """Order of the columns in every shard: int32 [k_shards, K / k_shards], and the damping used.
-
-    Columns are ranked by `config.score`; the shells between the widths in use are taken from that
-    ranking and ordered inside by `config.permutation`.
-    """
-    hessian, damping, inverse_diag = problem.hessian, config.damping, None
-    searching = config.permutation == "search" and config.method == "obs"
-    if config.score == "obs" or searching:
-        _, factor, damping = damped_factor(hessian, damping, problem.name)
-        inverse_diag = inverse_diagonal(factor)
-        del factor
-    scores = column_scores(config.score, dense, hessian, inverse_diag, generator)
-    k_perm = rank_columns(scores, _distinct(problem), problem.k_shards, config.permutation)
-    if config.permutation == "search":
-        order = gather_order(k_perm, _distinct(problem))
-        saliency = weight_saliency(config.method, dense, hessian, inverse_diag)
-        if problem.row_weights is not None:
-            saliency = saliency * torch.cat(problem.row_weights)[:, None]
-        positions = torch.arange(order.shape[0], device=order.device)
-        saliency = saliency[:, order] * (positions < starts[:, None])
-        # The rows with most to lose decide: they generalise far better than a random sample.
-        rows = saliency.sum(dim=1).topk(min(config.search_rows, saliency.shape[0])).indices
-        saliency = saliency[rows]
-        found = search(saliency, _segments(problem), config.search_rounds, generator)
-        k_perm = _shard_order(order[found], k_perm, _distinct(problem))
-    return k_perm, damping
-
-
-def rank_columns(scores: Tensor, widths: list[int], k_shards: int, permutation: str) -> Tensor:
-    """Shard-relative order by score: shells from the least to the most important.
-
-    Args:
-        scores: [K].
-        widths: distinct dense widths of a shard in use, any order.
-
-    Inside a shell columns are dealt like a snake, or stay in place for permutation "none".
-    Returns int32 [k_shards, K / k_shards].
-    """
-    size = scores.shape[0] // k_shards
-    bounds = _bounds(widths, size)
-    out = []
-    for shard in scores.view(k_shards, size):
-        ascending = shard.argsort(stable=True)
-        parts = []
-        for a, b in itertools.pairwise(bounds):
-            shell = ascending[a:b]
-            parts.append(shell.sort().values if permutation == "none" else snake(shell.flip(0)))
-        out.append(torch.cat(parts))
-    return torch.stack(out).to(torch.int32)
-
-
-def gather_order(k_perm: Tensor, widths: list[int]) -> Tensor:
-    """int64 [K]: absolute columns shell by shell and, inside a shell, shard by shard."""
-    shards, size = k_perm.shape
-    offset = torch.arange(shards, device=k_perm.device)[:, None] * size
-    absolute = k_perm.long() + offset
-    bounds = _bounds(widths, size)
-    cuts = itertools.pairwise(bounds)
-    return torch.cat([absolute[:, a:b].reshape(-1) for a, b in cuts])
-
-
 def row_curves(
-    problem: Problem, widths: list[int], config: PruneConfig, generator: torch.Generator
-) -> Tensor:
-    """Second-order loss of every row at every dense width: float64 [widths, sum N_i].
+    problems: list[Problem],
+    widths: list[int],
+    config: PruneConfig,
+    generators: list[torch.Generator],
+) -> list[Tensor]:
+    """Loss of every row at every dense width: float64 [widths, sum N_i] of each problem.
 
-    One order (nested shells of all widths) serves all; the last width must be the whole shard,
-    which loses nothing.
+    The loss is tr(e H e^T) of the swept row, after `config.curve_refit_steps` refit steps when
+    those are asked for. One order (nested shells of all widths) serves all; the last width must be
+    the whole shard, which loses nothing. Problems are of one shape.
     """
-    dense = torch.cat([w.float() for w in problem.weights])
-    dense = torch.where(dead_inputs(problem.hessian), 0.0, dense)
-    diag = None
-    if config.score == "obs":
-        diag = inverse_diagonal(damped_factor(problem.hessian, config.damping, problem.name)[1])
-    scores = column_scores(config.score, dense, problem.hessian, diag, generator)
-    order = gather_order(rank_columns(scores, widths, problem.k_shards, "snake"), widths)
-    hessian = permuted(problem.hessian, order)
-    _, factor, _ = damped_factor(hessian, config.damping, problem.name)
-    size = dense.shape[1] // problem.k_shards
-    losses = []
-    for width in widths:
-        start = problem.k_shards * (size - width)
-        if start == 0:
-            losses.append(torch.zeros(dense.shape[0], device=dense.device))
-            continue
-        swept = sweep(dense[None][..., order], factor[None], start, coupled=config.mask == "pair")
-        losses.append(swept.row_loss[0])
-    return torch.stack(losses).double()
+    dense = torch.stack([problem.stacked() for problem in problems])
+    orders = []
+    for problem, weight, generator in zip(problems, dense, generators, strict=True):
+        diagonals = None
+        if config.score == "obs":
+            diagonals, _ = inverse_diagonals(problem, config.damping)
+        scores = problem_scores(problem, weight, config, diagonals, generator)
+        ranked = rank_columns(scores, widths, problem.k_shards, "snake")
+        orders.append(gather_order(ranked, widths))
+    size = dense.shape[2] // problems[0].k_shards
+    out = torch.zeros(len(problems), len(widths), dense.shape[1], dtype=torch.float64)
+    for pieces in _alike(problems):
+        hessians = torch.stack([permuted(piece.hessian, orders[piece.index]) for piece in pieces])
+        factor = torch.stack([
+            damped_factor(hessian, config.damping, problems[piece.index].name)[1]
+            for hessian, piece in zip(hessians, pieces, strict=True)
+        ])  # fmt: skip
+        target = torch.stack([dense[p.index][p.rows][:, orders[p.index]] for p in pieces])
+        for i, width in enumerate(widths):
+            start = problems[0].k_shards * (size - width)
+            if start:
+                loss = _curve(target, factor, hessians, start, config).double().cpu()
+                for piece, lost in zip(pieces, loss, strict=True):
+                    out[piece.index, i, piece.rows] = lost
+    return list(out)
+
+
+@dataclass
+class _Piece:
+    """Rows of one problem that share a Hessian. index: of the problem in its list."""
+
+    index: int
+    rows: slice
+    hessian: Tensor
+
+
+def _alike(problems: list[Problem]) -> list[list[_Piece]]:
+    """Pieces of all problems with the same number of rows together."""
+    found: dict[int, list[_Piece]] = {}
+    for index, problem in enumerate(problems):
+        for rows, hessian in problem.parts:
+            found.setdefault(rows.stop - rows.start, []).append(_Piece(index, rows, hessian))
+    return list(found.values())
+
+
+def _curve(target, factor, hessians, start: int, config: PruneConfig) -> Tensor:
+    """float32 [B, N] at one width."""
+    swept = sweep(target, factor, start, coupled=config.mask == "pair")
+    if not config.curve_refit_steps:
+        return swept.row_loss
+    fitted = torch.cat([
+        refit(
+            swept.weight[i : i + 1], target[i : i + 1], swept.mask[i : i + 1], hessian[None],
+            config.curve_refit_steps, start,
+        )
+        for i, hessian in enumerate(hessians)
+    ])  # fmt: skip
+    error = fitted - target
+    return (torch.matmul(error, hessians) * error).sum(dim=-1)
 
 
 def _sweep_all(jobs: list[_Job], config: PruneConfig) -> None:
@@ -238,37 +208,76 @@ def _sweep_all(jobs: list[_Job], config: PruneConfig) -> None:
         first = k - start
         orders = [torch.cat([order[start:], order[:start]]) for order in orders]
         starts = [torch.full_like(s, k) for s in starts]
-    hessians = [permuted(j.problem.hessian, o) for j, o in zip(jobs, orders, strict=True)]
+    for job in jobs:
+        job.scale = torch.zeros(len(job.dense), device=job.dense.device) if config.fp8 else None
+    for pieces in _alike([job.problem for job in jobs]):
+        _sweep_pieces(jobs, pieces, orders, starts, first, config)
+
+
+def _sweep_pieces(jobs, pieces, orders, starts, first: int, config: PruneConfig) -> None:
+    """Rows of several jobs, alike in number."""
+    hessians = [permuted(piece.hessian, orders[piece.index]) for piece in pieces]
     factors = []
-    for job, hessian in zip(jobs, hessians, strict=True):
-        _, factor, job.damping = damped_factor(hessian, job.damping, job.problem.name)
+    for piece, hessian in zip(pieces, hessians, strict=True):
+        job = jobs[piece.index]
+        _, factor, damping = damped_factor(hessian, config.damping, job.problem.name)
+        job.damping = max(job.damping, damping)
         factors.append(factor)
-    factor, start = torch.stack(factors), torch.stack(starts)
-    target = torch.stack([j.dense[:, o] for j, o in zip(jobs, orders, strict=True)])
+    factor = torch.stack(factors)
+    start = torch.stack([starts[p.index][p.rows] for p in pieces])
+    target = torch.stack([jobs[p.index].dense[p.rows][:, orders[p.index]] for p in pieces])
     swept = sweep(target, factor, start, sparse_start=first, coupled=config.mask == "pair")
-    weight = torch.cat([
-        refit(
-            swept.weight[i : i + 1], target[i : i + 1], swept.mask[i : i + 1], hessian[None],
-            config.refit_steps, starts[i],
-        )
+    fitted = [
+        _fit(swept.weight[i], target[i], swept.mask[i], hessian, start[i], config)
         for i, hessian in enumerate(hessians)
-    ])  # fmt: skip
+    ]
+    weight, mask = (torch.stack(parts) for parts in zip(*fitted, strict=True))
+    scale = None
     if config.fp8:
         scale = fp8_scale(weight)
         if config.fp8_feedback:
-            weight = sweep(weight, factor, start, mask=swept.mask, scale=scale).weight
+            weight = sweep(weight, factor, start, mask=mask, scale=scale).weight
         else:
             weight = round_to_fp8(weight, scale[..., None])
-    for i, job in enumerate(jobs):
-        job.pruned = _restore(weight[i], orders[i])
-        job.scale = scale[i] if config.fp8 else None
+    for i, piece in enumerate(pieces):
+        job = jobs[piece.index]
+        job.pruned[piece.rows] = _restore(weight[i], orders[piece.index])
+        if scale is not None:
+            job.scale[piece.rows] = scale[i]
+
+
+def _fit(
+    weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, start: Tensor, config
+) -> tuple[Tensor, Tensor]:
+    """Refitted weights [N, K] and their mask: the sweep's, or a searched one that loses less."""
+
+    def fit(weight, mask):
+        return refit(
+            weight[None], target[None], mask[None], hessian[None], config.refit_steps, start
+        )[0]
+
+    fitted = fit(weight, mask)
+    if not config.admm_steps:
+        return fitted, mask
+    other, other_mask = search_mask(weight, target, mask, hessian, config.admm_steps, start)
+    other = fit(other, other_mask)
+    better = _loss(other - target, hessian) < _loss(fitted - target, hessian)
+    return torch.where(better, other, fitted), torch.where(better, other_mask, mask)
+
+
+def _loss(error: Tensor, hessian: Tensor) -> Tensor:
+    """float32 [N, 1]."""
+    return ((error @ hessian) * error).sum(dim=-1, keepdim=True)
 
 
 def _mask_only(job: _Job, config: PruneConfig) -> None:
     """Baselines without compensation: the mask by saliency, kept weights untouched."""
     if job.done:
         return
-    saliency = weight_saliency(config.method, job.dense, job.problem.hessian)[:, job.order]
+    saliency = torch.cat([
+        weight_saliency(config.method, job.dense[rows], hessian)
+        for rows, hessian in job.problem.parts
+    ])[:, job.order]  # fmt: skip
     keep = torch.ones_like(saliency, dtype=torch.bool)
     for start in job.starts.unique().tolist():
         rows = job.starts == start
@@ -292,48 +301,5 @@ def _errors(error: Tensor, weight: Tensor, hessian: Tensor) -> tuple[Tensor, Ten
 
 
 def _identity(problem: Problem) -> Tensor:
-    size = problem.hessian.shape[0] // problem.k_shards
+    size = problem.k // problem.k_shards
     return torch.arange(size, dtype=torch.int32).repeat(problem.k_shards, 1)
-
-
-def _distinct(problem: Problem) -> list[int]:
-    return sorted({int(w) for widths in problem.widths for w in widths.tolist()})
-
-
-def _bounds(widths: list[int], size: int) -> list[int]:
-    return sorted({0, size, *(size - w for w in widths)})
-
-
-def _segments(problem: Problem) -> list[tuple[int, int]]:
-    """Ranges of the gather order that groups may not leave: one a shell and shard."""
-    size = problem.hessian.shape[0] // problem.k_shards
-    bounds, out, place = _bounds(_distinct(problem), size), [], 0
-    least_dense = min(_distinct(problem))
-    for a, b in itertools.pairwise(bounds):
-        for _ in range(problem.k_shards):
-            if a < size - least_dense:
-                out.append((place, place + b - a))
-            place += b - a
-    return out
-
-
-def _shard_order(order: Tensor, like: Tensor, widths: list[int]) -> Tensor:
-    """Inverse of `gather_order`."""
-    shards, size = like.shape
-    bounds, place = _bounds(widths, size), 0
-    out = torch.empty(shards, size, dtype=torch.int64, device=order.device)
-    for a, b in itertools.pairwise(bounds):
-        for shard in range(shards):
-            out[shard, a:b] = order[place : place + b - a] - shard * size
-            place += b - a
-    return out.to(torch.int32)
-
-
-def _dense_starts(problem: Problem) -> Tensor:
-    """int64 [sum N_i]: first dense position of every row in the gather order."""
-    size = problem.hessian.shape[0] // problem.k_shards
-    parts = []
-    for weight, widths in zip(problem.weights, problem.widths, strict=True):
-        rows = widths.repeat_interleave(TILE_ROWS)[: weight.shape[0]]
-        parts.append(problem.k_shards * (size - rows))
-    return torch.cat(parts).to(problem.hessian.device)

@@ -20,6 +20,7 @@ _CHOICES = {
     "token_weighting": ("norm", "none"),
     "calibration": ("static", "sequential"),
     "budget": ("model", "matrix"),
+    "sensitivity_labels": ("model", "text"),
 }
 
 
@@ -39,7 +40,10 @@ class PruneConfig:
         search_rows: rows that the search looks at, those with the largest saliency.
         mask: "pair" drops the exactly best pair of each group of four, "diagonal" ignores the
             coupling of the two (SparseGPT).
+        admm_steps: steps of the search for a better mask after the sweep; 0 for none. About
+            doubles the time of a prune on a CPU.
         refit_steps: conjugate-gradient steps on the kept weights after the sweep; 0 for none.
+        curve_refit_steps: staircase only: refit steps before a tile's loss at a width is taken.
         damping: added to diag(H), relative to its mean.
         dense_order: "last" lets the error of the 2:4 part flow into the dense columns.
         token_weighting: "norm" weights tokens by 1 / mean(y^2) where y goes straight into an
@@ -55,8 +59,15 @@ class PruneConfig:
         budget: "model" spends the staircase's dense weights over all layers at once, "matrix"
             gives every group of projections the same share.
         sort_rows: staircase only: sort the rows of gate and up alike by sensitivity.
-        sensitivity_sequences: calibration sequences for the output sensitivity (staircase).
+        sinks: weigh the first token of every sequence by how much the loss reacts to it (attention
+            uses it as a sink); takes a backward pass over `sensitivity_sequences`.
+        gradient_share: share of H whose tokens are weighted by their gradients; needs statistics.
+        shrinkage: share by which H's off-diagonal entries shrink.
+        sensitivity_sequences: calibration sequences for the backward pass.
         sensitivity_stride: the loss for it takes every so many positions.
+        sensitivity_batch: sequences at a time in it.
+        sensitivity_labels: "model" draws the next tokens of that loss from the model's
+            predictions, "text" takes the text's.
         modules: extra nn.Linear names to prune beside those of the decoder layers (lm_head).
         skip: parts of names of nn.Linear to leave as they are.
         seed: for the group pairings of the search and for random columns.
@@ -71,6 +82,7 @@ class PruneConfig:
     search_rows: int = 512
     mask: str = "pair"
     refit_steps: int = 12
+    curve_refit_steps: int = 0
     damping: float = 0.01
     dense_order: str = "last"
     token_weighting: str = "norm"
@@ -84,6 +96,12 @@ class PruneConfig:
     sort_rows: bool = True
     sensitivity_sequences: int = 16
     sensitivity_stride: int = 4
+    sensitivity_batch: int = 1
+    sensitivity_labels: str = "model"
+    sinks: bool = True
+    gradient_share: float = 0.0
+    shrinkage: float = 0.0
+    admm_steps: int = 30
     modules: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     seed: int = 0
@@ -99,11 +117,17 @@ class PruneConfig:
             )
         for name, low in (
             ("search_rounds", 0), ("search_rows", 1), ("refit_steps", 0), ("seed", 0),
+            ("curve_refit_steps", 0),
         ):  # fmt: skip
             self._integer(name, low)
         self._integer("k_shards", 1)
         self._integer("sensitivity_sequences", 1)
         self._integer("sensitivity_stride", 1)
+        self._integer("sensitivity_batch", 1)
+        self._integer("admm_steps", 0)
+        for name in ("gradient_share", "shrinkage"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise PruneError(f"PruneConfig: {name} must be in 0..1, got {getattr(self, name)}")
         if not self.damping > 0:
             raise PruneError(f"PruneConfig: damping must be above 0, got {self.damping}")
         for name in ("widths", "modules", "skip", "shard_modules"):
@@ -124,7 +148,14 @@ class PruneConfig:
     def sparsegpt(cls, **overrides) -> PruneConfig:
         """Plain one-shot SparseGPT 2:4 without FP8: R = 0 of every quality figure."""
         plain = {"dense_fraction": 0.0, "permutation": "none", "mask": "diagonal", "refit_steps": 0}
-        return cls(**{**plain, "token_weighting": "none", "fp8": False, **overrides})
+        plain |= {"token_weighting": "none", "sinks": False, "shrinkage": 0.0, "admm_steps": 0}
+        return cls(**{**plain, "fp8": False, **overrides})
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a backward pass is part of the calibration."""
+        used = self.sinks or self.gradient_share > 0.0 or self.strategy == "staircase"
+        return used and self.method == "obs" and self.dense_fraction < 1.0
 
     def replace(self, **changes) -> PruneConfig:
         return dataclasses.replace(self, **changes)

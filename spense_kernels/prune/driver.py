@@ -15,9 +15,10 @@ from spense_kernels.errors import PruneError
 from spense_kernels.prune.calibrate import LayerWalk, check_calibration
 from spense_kernels.prune.compress import compress
 from spense_kernels.prune.config import PruneConfig
-from spense_kernels.prune.groups import decoder_layers, outside_modules
+from spense_kernels.prune.groups import Group, decoder_layers, outside_modules
 from spense_kernels.prune.install import PrunedModule, install, replace_weights
 from spense_kernels.prune.plan import (
+    Curvature,
     LayerPlan,
     layer_curves,
     seeded,
@@ -25,11 +26,12 @@ from spense_kernels.prune.plan import (
     uniform_plan,
 )
 from spense_kernels.prune.report import ModuleReport, PruneReport
+from spense_kernels.prune.sensitivity import Gradients
 from spense_kernels.prune.statistics import (
     LayerStatistics,
     Quiet,
     Statistics,
-    add_sensitivity,
+    add_gradients,
     check_statistics,
     describe_calibration,
 )
@@ -88,6 +90,8 @@ class _Run:
         self.statistics = statistics
         self.progress = progress or Quiet()
         self.device = torch.device(device)
+        self.streamed: Statistics | None = None
+        self.curvature: Curvature | None = None
         self.batch, self.at_once = batch, 1
         self.prefix, self.layers = decoder_layers(model)
         self.report = PruneReport(config, calibration=describe_calibration(calibration))
@@ -120,6 +124,7 @@ class _Run:
         seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - begin
 
     def prune(self, on_layer: LayerCallback) -> PruneReport:
+        self.curvature = self._curvature()
         plans = self._staircase() if self._is_staircase() else None
         walk = None
         if self.statistics is None:
@@ -145,7 +150,7 @@ class _Run:
                 plan = plans[index] if planned else uniform_plan(module, groups, self.config)
                 tasks.append(
                     layer_tasks(
-                        index, module, groups, hessians, plan, self.config, self.name(index),
+                        index, module, groups, hessians, plan, self.curvature, self.name(index),
                         self.device,
                     )
                 )  # fmt: skip
@@ -196,57 +201,80 @@ class _Run:
     def _staircase(self) -> list[LayerPlan]:
         """Row losses and sensitivity of all layers (stored), then one budget over them."""
         with self._timed("plan"):
-            statistics = self.statistics or self._streamed_sensitivity()
-            curves, walk = [], None
-            self.progress.start("row losses", len(self.layers))
-            for index, layer in enumerate(self.layers):
-                found = self.store.get(f"curves_{index:04d}")
-                if self.statistics is None:
-                    walk = walk or LayerWalk(self.model, self.calibration, self.device, self.batch)
-                groups, hessians = statistics.layers[index].groups, None
-                if walk is None:
-                    hessians = statistics.layers[index].hessians
-                else:
-                    with walk.on_device(index):
-                        if found is None:
-                            hessians = walk.hessians(index, groups, self.config.token_weighting)
-                        else:
-                            walk.forward(index)
-                if found is None:
-                    found = layer_curves(
-                        layer, groups, hessians, self.config, self.device, self.name(index)
-                    )
-                    self.store.put(f"curves_{index:04d}", found)
-                curves.append(found)
-                self.progress.advance()
-            self.progress.finish()
+            layers = (self.statistics or self.streamed).layers[: len(self.layers)]
+            curves = self._curves([layer.groups for layer in layers])
             return staircase_plans(
                 list(self.layers),
-                [layer.groups for layer in statistics.layers[: len(self.layers)]],
+                [layer.groups for layer in layers],
                 curves,
-                statistics.sensitivity,
+                self.curvature.gradients.sensitivity,
                 [self.name(i) for i in range(len(self.layers))],
                 self.config,
             )
 
-    def _streamed_sensitivity(self) -> Statistics:
-        """Groups and sensitivity without Hessians, for models whose Hessians do not fit."""
+    def _curves(self, groups: list[list[Group]]) -> list[dict]:
+        """Row losses of every layer, from the store or made and stored."""
+        curves, walk = [], None
+        if self.statistics is None:
+            walk = LayerWalk(self.model, self.calibration, self.device, self.batch)
+        self.progress.start("row losses", len(self.layers))
+        for first in range(0, len(self.layers), self.at_once):
+            chunk = range(first, min(first + self.at_once, len(self.layers)))
+            found = {index: self.store.get(f"curves_{index:04d}") for index in chunk}
+            missing = [index for index in chunk if found[index] is None]
+            if walk is None:
+                hessians = [self.statistics.layers[index].hessians for index in missing]
+            else:  # one layer at a time
+                with walk.on_device(first):
+                    if missing:
+                        weighting = self.config.token_weighting
+                        hessians = [walk.hessians(first, groups[first], weighting)]
+                    else:
+                        hessians = walk.forward(first) or []
+            made = layer_curves(
+                [self.layers[index] for index in missing],
+                [groups[index] for index in missing],
+                hessians,
+                self.curvature,
+                self.device,
+                [self.name(index) for index in missing],
+            )
+            for index, curve in zip(missing, made, strict=True):
+                self.store.put(f"curves_{index:04d}", curve)
+                found[index] = curve
+            curves += [found[index] for index in chunk]
+            self.progress.advance(len(chunk))
+        self.progress.finish()
+        return curves
+
+    def _curvature(self) -> Curvature:
+        """What the backward pass tells, from the statistics, the store, or made and stored."""
+        gradients = None
+        if self.config.needs_gradients and self.statistics is not None:
+            gradients = self.statistics.gradients
+        elif self.config.needs_gradients:
+            with self._timed("sensitivity"):
+                gradients = self._streamed_gradients()
+        return Curvature(gradients, self.calibration.numel(), self.config)
+
+    def _streamed_gradients(self) -> Gradients:
+        """Groups and gradients without Hessians, for models whose Hessians do not fit."""
         walk = LayerWalk(self.model, self.calibration[:1], self.device, 1)
         layers = []
         for index in range(len(self.layers)):
             with walk.on_device(index):
                 layers.append(LayerStatistics(walk.find_groups(index, self.config.skip), {}))
                 walk.forward(index)
-        statistics = Statistics(layers, self.config.token_weighting)
+        self.streamed = statistics = Statistics(layers, self.config.token_weighting)
         found = self.store.get("sensitivity")
         if found is None:
-            add_sensitivity(
+            add_gradients(
                 statistics, self.model, self.calibration, self.config, self.progress, self.device
             )
-            self.store.put("sensitivity", statistics.sensitivity)
+            self.store.put("sensitivity", vars(statistics.gradients))
         else:
-            statistics.sensitivity = found
-        return statistics
+            statistics.gradients = Gradients(**found)
+        return statistics.gradients
 
     def _record(self, index: int, modules: dict[str, PrunedModule]) -> None:
         for name, pruned in modules.items():

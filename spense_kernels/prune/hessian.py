@@ -107,3 +107,12 @@ def damped_factor(
 def permuted(hessian: Tensor, order: Tensor) -> Tensor:
     """H with rows and columns in `order` (int [K])."""
     return hessian.index_select(-2, order).index_select(-1, order)
+
+
+def shrunk(hessian: Tensor, share: float) -> Tensor:
+    """(1 - share) H + share diag(H): covariances of few tokens are partly chance."""
+    if share == 0.0:
+        return hessian
+    out = hessian * (1.0 - share)
+    out.diagonal(dim1=-2, dim2=-1).copy_(hessian.diagonal(dim1=-2, dim2=-1))
+    return out

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from spense_kernels.errors import FormatError, PruneError
-from spense_kernels.prune.compress import rank_columns
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.groups import Group, GroupProbe, decoder_layers
 from spense_kernels.prune.install import PrunedModule, fp8_values, install
 from spense_kernels.prune.mask import top2_mask
+from spense_kernels.prune.order import rank_columns
 from spense_kernels.prune.plan import shards_of, uniform_plan
 from spense_kernels.prune.report import ModuleReport, PruneReport
 from spense_kernels.quant import quantize_weight

@@ -9,10 +9,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from spense_kernels.prune.compress import Problem, row_curves
+from spense_kernels.prune.compress import row_curves
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.groups import Group
-from spense_kernels.prune.reorder import GatedPair, gated_pairs, sort_in_shards
+from spense_kernels.prune.hessian import shrunk
+from spense_kernels.prune.order import Problem
+from spense_kernels.prune.reorder import (
+    gated_pairs,
+    reader_order,
+    sort_in_shards,
+    value_heads,
+)
+from spense_kernels.prune.sensitivity import Gradients
 from spense_kernels.prune.widths import (
     TILE_ROWS,
     TileCosts,
@@ -29,12 +37,14 @@ class LayerPlan:
 
     Attributes:
         widths: int64 [ceil(N / 128)] dense columns of a shard a tile, by module name.
-        row_order: int64 [N] new order of the rows of gate and up, by the name of gate.
+        row_order: int64 [N] new order of the rows of a projection, by module name.
+        column_order: int64 [K] new order of the columns of those that read them.
         row_weights: float32 [N] sensitivity in the new order, by module name; empty for none.
     """
 
     widths: dict[str, Tensor]
     row_order: dict[str, Tensor] = field(default_factory=dict)
+    column_order: dict[str, Tensor] = field(default_factory=dict)
     row_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -60,25 +70,74 @@ def uniform_plan(layer: nn.Module, groups: list[Group], config: PruneConfig) -> 
     return LayerPlan(widths)
 
 
+@dataclass
+class Curvature:
+    """What makes a projection's H of what was collected.
+
+    Attributes:
+        gradients: of the backward pass, or None for none.
+        tokens: that the Hessians were summed over.
+        config: settings.
+    """
+
+    gradients: Gradients | None
+    tokens: int
+    config: PruneConfig
+
+    def of(self, group: Group, hessians: dict[str, Tensor], prefix: str, device):
+        """float32 [K, K] of the group, or a list with one for each projection."""
+        plain = hessians[group.name].to(device)
+        if self.gradients is None:
+            return shrunk(plain, self.config.shrinkage)
+        found = [self._of_module(prefix + name, plain) for name in group.modules]
+        return found if len(found) > 1 else found[0]
+
+    def _of_module(self, name: str, plain: Tensor) -> Tensor:
+        found, config = self.gradients, self.config
+        if name not in found.norm_mean:  # outside the decoder layers
+            return shrunk(plain, config.shrinkage)
+        mean = found.norm_mean[name] if config.token_weighting == "norm" else 1.0
+        out = plain / (mean * self.tokens)
+        if config.gradient_share:
+            out = out.lerp_(found.hessians[name].to(plain.device), config.gradient_share)
+        if config.sinks:
+            sinks = found.sinks[name].to(plain.device)
+            out.addmm_(sinks.T, sinks)
+        return shrunk(out, config.shrinkage)
+
+
 def layer_curves(
-    layer: nn.Module,
-    groups: list[Group],
-    hessians: dict[str, Tensor],
-    config: PruneConfig,
+    layers: list[nn.Module],
+    groups: list[list[Group]],
+    hessians: list[dict[str, Tensor]],
+    curvature: Curvature,
     device,
-    prefix: str,
-) -> dict[str, Tensor]:
-    """Row losses float64 [widths, N] of every projection, by name (see `row_curves`)."""
-    found = {}
-    for group in groups:
-        weights = [layer.get_submodule(m).weight.detach().to(device) for m in group.modules]
-        shards = shards_of(group, config)
-        hessian = hessians[group.name].to(device)
-        problem = Problem(prefix + group.name, weights, hessian, [], shards)
-        allowed = width_list(config.widths, group.k // shards)
-        curves = row_curves(problem, allowed, config, seeded(config, prefix + group.name))
-        parts = curves.split([w.shape[0] for w in weights], dim=1)
-        found.update({m: part.cpu() for m, part in zip(group.modules, parts, strict=True)})
+    prefixes: list[str],
+) -> list[dict[str, Tensor]]:
+    """Row losses float64 [widths, N] of every projection, by name (see `row_curves`).
+
+    Lists have an entry a layer; layers alike are worked on together.
+    """
+    config = curvature.config
+    found: list[dict[str, Tensor]] = [{} for _ in layers]
+    same: dict[tuple, list[tuple[int, Group, Problem]]] = {}
+    for index, layer in enumerate(layers):
+        for place, group in enumerate(groups[index]):
+            weights = [layer.get_submodule(m).weight.detach().to(device) for m in group.modules]
+            hessian = curvature.of(group, hessians[index], prefixes[index], device)
+            shards = shards_of(group, config)
+            name = prefixes[index] + group.name
+            problem = Problem(name, weights, hessian, [], shards)
+            key = (place, shards, isinstance(hessian, list), *(w.shape for w in weights))
+            same.setdefault(key, []).append((index, group, problem))
+    for members in same.values():
+        problems = [problem for _, _, problem in members]
+        allowed = width_list(config.widths, problems[0].k // problems[0].k_shards)
+        generators = [seeded(config, problem.name) for problem in problems]
+        curves = row_curves(problems, allowed, config, generators)
+        for (index, group, problem), curve in zip(members, curves, strict=True):
+            parts = curve.split([w.shape[0] for w in problem.weights], dim=1)
+            found[index].update(zip(group.modules, parts, strict=True))
     return found
 
 
@@ -99,12 +158,14 @@ def staircase_plans(
     """
     plans, tables, places = [], [], []
     for index, layer in enumerate(layers):
-        orders = {}
+        plan = LayerPlan({})
         if config.sort_rows:
-            orders = _row_orders(layer, groups[index], curves[index], sensitivity, prefixes[index],
-                                 config)  # fmt: skip
-        plan = LayerPlan({}, {pair.gate: order for pair, order in orders.items()})
-        moved = {name: order for p, order in orders.items() for name in (p.gate, p.up)}
+            losses = {
+                name: sensitivity[prefixes[index] + name].double() * curve[0]
+                for name, curve in curves[index].items()
+            }
+            _sort_rows(plan, layer, groups[index], losses, config)
+        moved = plan.row_order
         for group in groups[index]:
             shards = shards_of(group, config)
             allowed = width_list(config.widths, group.k // shards)
@@ -123,15 +184,18 @@ def staircase_plans(
     return plans
 
 
-def _row_orders(
-    layer, groups, curves, sensitivity, prefix: str, config: PruneConfig
-) -> dict[GatedPair, Tensor]:
-    down_shards = {g.name: shards_of(g, config) for g in groups}
-    orders = {}
+def _sort_rows(plan: LayerPlan, layer, groups, losses: dict[str, Tensor], config) -> None:
+    """Orders of a layer: gate and up by the sum of their losses, v inside every head."""
+    shards = {g.name: shards_of(g, config) for g in groups}
     for pair in gated_pairs(layer, groups):
-        keys = sum(sensitivity[prefix + m].double() * curves[m][0] for m in (pair.gate, pair.up))
-        orders[pair] = sort_in_shards(keys, down_shards.get(pair.down, 1))
-    return orders
+        order = sort_in_shards(losses[pair.gate] + losses[pair.up], shards.get(pair.down, 1))
+        plan.row_order[pair.gate] = plan.row_order[pair.up] = plan.column_order[pair.down] = order
+    for heads in value_heads(layer, groups):
+        keys = losses[heads.value]
+        order = sort_in_shards(keys, keys.shape[0] // heads.head_dim)
+        plan.row_order[heads.value] = order
+        columns = layer.get_submodule(heads.out).in_features
+        plan.column_order[heads.out] = reader_order(order, columns, heads.head_dim)
 
 
 def _table(cost: Tensor, allowed: list[int], shards: int) -> TileCosts:

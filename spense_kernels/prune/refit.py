@@ -42,7 +42,7 @@ def refit(
     """
     if steps == 0:
         return weight
-    ridged = _ridged(hessian, damping)
+    full = ridged(hessian, damping)
     k, n = hessian.shape[-1], weight.shape[1]
     starts = torch.as_tensor(k if dense_start is None else dense_start, device=weight.device)
     starts = starts.expand(n)
@@ -50,7 +50,7 @@ def refit(
     for start in starts.unique().tolist():
         rows = (starts == start).nonzero().flatten()
         problem = weight[:, rows], target[:, rows], mask[:, rows]
-        out[:, rows] = _refit_block(*problem, ridged, steps, start)
+        out[:, rows] = _refit_block(*problem, full, steps, start)
     return out
 
 
@@ -59,13 +59,7 @@ def _refit_block(weight, target, mask, hessian, steps: int, start: int) -> Tenso
     if start == 0:
         return target.clone()
     sparse, dense = slice(0, start), slice(start, None)
-    k = hessian.shape[-1]
-    reduced, back = hessian, None
-    if start < k:
-        lower = torch.linalg.cholesky(hessian[:, dense, dense])
-        back = torch.cholesky_solve(hessian[:, dense, sparse], lower)  # H_dd^-1 H_ds
-        reduced = hessian[:, sparse, sparse] - hessian[:, sparse, dense] @ back
-        reduced = 0.5 * (reduced + reduced.transpose(1, 2))
+    reduced, back = schur_complement(hessian, start)
     out = torch.empty_like(weight)
     size = weight.shape[1] if weight.is_cuda else ROWS
     for a in range(0, weight.shape[1], size):
@@ -76,6 +70,17 @@ def _refit_block(weight, target, mask, hessian, steps: int, start: int) -> Tenso
         delta = out[:, :, sparse] - target[:, :, sparse]
         out[:, :, dense] = target[:, :, dense] - delta @ back.transpose(1, 2)
     return out
+
+
+def schur_complement(hessian: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
+    """H_ss - H_sd H_dd^-1 H_ds [B, start, start], and H_dd^-1 H_ds (None without dense columns)."""
+    if start == hessian.shape[-1]:
+        return hessian, None
+    sparse, dense = slice(0, start), slice(start, None)
+    lower = torch.linalg.cholesky(hessian[:, dense, dense])
+    back = torch.cholesky_solve(hessian[:, dense, sparse], lower)
+    reduced = hessian[:, sparse, sparse] - hessian[:, sparse, dense] @ back
+    return 0.5 * (reduced + reduced.transpose(1, 2)), back
 
 
 def _conjugate_gradients(weight, target, mask, hessian, steps: int) -> Tensor:
@@ -98,7 +103,8 @@ def _conjugate_gradients(weight, target, mask, hessian, steps: int) -> Tensor:
     return value
 
 
-def _ridged(hessian: Tensor, damping: float) -> Tensor:
+def ridged(hessian: Tensor, damping: float) -> Tensor:
+    """H [..., K, K] with damping * mean(diag H) over live inputs on the diagonal (a copy)."""
     out = hessian.clone()
     diagonal = out.diagonal(dim1=-2, dim2=-1)
     live = (diagonal > 0).sum(dim=-1, keepdim=True).clamp_min(1)

@@ -2,7 +2,9 @@
 """Weight-space symmetries: orders of rows that cost nothing at run time.
 
 Rows of gate and up may be put in any order, both alike, when down's columns follow: the product
-act(gate x) * (up x) is taken element by element.
+act(gate x) * (up x) is taken element by element. Rows of v may be put in any order inside a head
+when the columns of o follow, in every query head that reads it: attention mixes tokens, not the
+places of a head.
 """
 
 from __future__ import annotations
@@ -46,3 +48,41 @@ def sort_in_shards(keys: Tensor, shards: int) -> Tensor:
     parts = keys.view(shards, -1)
     offset = torch.arange(shards, device=keys.device)[:, None] * parts.shape[1]
     return (parts.argsort(dim=1, descending=True, stable=True) + offset).reshape(-1)
+
+
+@dataclass(frozen=True)
+class ValueHeads:
+    """Names, inside a layer, of the value projection and its reader, and the size of a head."""
+
+    value: str
+    out: str
+    head_dim: int
+
+
+def value_heads(layer: nn.Module, groups: list[Group]) -> list[ValueHeads]:
+    """Attentions of a layer: v_proj and o_proj of one module that tells its head_dim."""
+    names = {name for group in groups for name in group.modules}
+    found = []
+    for name in sorted(names):
+        stem = name[: -len("v_proj")]
+        out = stem + "o_proj"
+        if not name.endswith("v_proj") or out not in names:
+            continue
+        size = getattr(layer.get_submodule(stem.rstrip(".")), "head_dim", None)
+        rows = layer.get_submodule(name).out_features
+        columns = layer.get_submodule(out).in_features
+        if isinstance(size, int) and size > 0 and rows % size == 0 and columns % rows == 0:
+            found.append(ValueHeads(name, out, size))
+    return found
+
+
+def reader_order(order: Tensor, columns: int, head_dim: int) -> Tensor:
+    """Order of o's columns int64 [columns] that follows v's rows in `order`.
+
+    Query head h reads value head h // (query heads / value heads).
+    """
+    inside = order.view(-1, head_dim) % head_dim  # value head -> places
+    repeat = columns // order.shape[0]
+    places = inside.repeat_interleave(repeat, dim=0)
+    offset = torch.arange(places.shape[0], device=order.device)[:, None] * head_dim
+    return (places + offset).reshape(-1)

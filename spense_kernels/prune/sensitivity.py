@@ -1,97 +1,170 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much the model's loss reacts to an error at each output of each projection.
 
-F_i = E_t[g_ti^2] with g = d loss / d y (the diagonal of the empirical Fisher matrix). Where y goes
-straight into an RMSNorm, F_i = E_t[(g_ti rms(y_t))^2]: it belongs to Hessians whose tokens weigh
-1 / mean(y_t^2). Taking E[g^2] there overrates such outputs by orders of magnitude, because tokens
-with huge outputs have tiny gradients.
+With g = d loss / d y, an error e_i in row i adds about sum_t g_ti^2 (e_i x_t)^2 / 2 to the loss. It
+is taken apart as F_i e_i H e_i^T: F_i = E_t[g_ti^2] (the diagonal of the Fisher matrix) and H with
+token weights of mean 1. Two kinds of tokens would ruin that product and are kept apart:
+
+* The first token of a sequence. Attention uses it as a sink, so all later tokens depend on it: up
+  to 96 % of the squared gradient at k, v and down sits there. Its input is nearly the same vector
+  in every sequence, so its error is one direction, which a weight in H removes; F leaves it out.
+* A few tokens with gradients far above the rest: their weights stop at CLIP times the median.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError
+from spense_kernels.evaluate import logits_of
 from spense_kernels.prune.calibrate import LayerWalk, overridden
 from spense_kernels.prune.groups import Group
+from spense_kernels.prune.hessian import accumulate, symmetrize, token_weights
 
+CLIP = 20.0  # largest weight of a token over the median
 _LOGIT_ELEMENTS = 1 << 26  # logits held at a time
 
 
-def output_sensitivity(
+@dataclass
+class Gradients:
+    """What one backward pass tells of the projections, by full module name.
+
+    Attributes:
+        sensitivity: F float32 [N].
+        sinks: float32 [S, K], first inputs x of every sequence times the root of their weight:
+            sinks.T @ sinks adds them to an H whose other tokens weigh 1 on average.
+        norm_mean: mean of the norm weights 1 / mean(y^2) over tokens; 1 where no norm follows.
+        hessians: float32 [K, K] = sum_t a_t x_t x_t^T / tokens, a_t the gradient weights (mean 1);
+            empty unless asked for.
+        tokens: how many positions were seen.
+    """
+
+    sensitivity: dict[str, Tensor] = field(default_factory=dict)
+    sinks: dict[str, Tensor] = field(default_factory=dict)
+    norm_mean: dict[str, float] = field(default_factory=dict)
+    hessians: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+
+def collect_gradients(
     model: nn.Module,
     calibration: Tensor,
     groups: list[list[Group]],
     *,
     device="cpu",
-    weighting: str = "norm",
     stride: int = 1,
+    batch: int = 1,
+    hessians: bool = False,
+    labels: str = "model",
+    seed: int = 0,
     advance=None,
-) -> dict[str, Tensor]:
-    """F float32 [N] of every projection, by its full name; one backward pass, layer by layer.
+) -> Gradients:
+    """One backward pass, layer by layer.
 
     Args:
-        calibration: int64 [S, L]; about 16 sequences are enough.
+        calibration: int64 [S, L]; about 16 sequences are enough without `hessians`.
         groups: the groups of every decoder layer.
-        weighting: "norm" for the normalised form where a norm follows.
         stride: the loss takes every stride-th position (the head is a large share of the cost).
+        batch: sequences a pass.
+        hessians: also accumulate gradient-weighted Hessians.
+        labels: next tokens of the loss: "model" draws them from the model's own predictions (the
+            Fisher matrix proper), "text" takes the text's.
+        seed: of the drawing.
         advance: called after each layer.
     """
-    walk = LayerWalk(model, calibration, device, batch=1)
+    walk = LayerWalk(model, calibration, device, batch)
+    generator = None
+    if labels == "model":
+        generator = torch.Generator(device=walk.hidden[0].device).manual_seed(seed)
     inputs = []
     for index in range(len(walk.layers)):
         inputs.append(list(walk.hidden))
         with walk.on_device(index):
             walk.forward(index)
     grads = [
-        _head_gradient(model, walk, ids, hidden, stride)
-        for ids, hidden in zip(calibration.split(1), walk.hidden, strict=True)
+        _head_gradient(model, walk, ids, hidden, stride, generator)
+        for ids, hidden in zip(calibration.split(batch), walk.hidden, strict=True)
     ]
-    found: dict[str, Tensor] = {}
+    found = Gradients(tokens=calibration.numel())
     for index in reversed(range(len(walk.layers))):
         with walk.on_device(index) as layer:
-            taps = _Taps(layer, groups[index], weighting)
+            taps = _Taps(layer, groups[index], hessians)
             for i, hidden in enumerate(inputs[index]):
                 grads[i] = _layer_gradient(walk, index, hidden, grads[i])
-            taps.remove()
+            taps.finish(found, walk.name(index))
         inputs[index].clear()
-        for name, value in taps.sums.items():
-            if not bool(torch.isfinite(value).all()):
-                raise PruneError(f"prune: the gradient at {walk.name(index)}{name} has NaN or Inf")
-            found[walk.name(index) + name] = (value / taps.tokens[name]).cpu()
         if advance is not None:
             advance()
     return found
 
 
-class _Taps:
-    """Sums of squared gradients at the outputs of the projections of one layer."""
+class _Sums:
+    """Running sums over the tokens of one projection."""
 
-    def __init__(self, layer: nn.Module, groups: list[Group], weighting: str):
-        self.sums: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = {}
+    def __init__(self):
+        self.squares = self.mass = self.norm = self.hessian = 0.0
+        self.tokens = self.later = 0
+        self.sinks: list[Tensor] = []
+
+
+class _Taps:
+    """Sums over the gradients at the outputs of the projections of one layer."""
+
+    def __init__(self, layer: nn.Module, groups: list[Group], hessians: bool):
+        self._sums: dict[str, _Sums] = {}
         self._handles = []
         for group in groups:
             for name in group.modules:
-                module = layer.get_submodule(name)
-                hook = self._hook(name, weighting == "norm" and group.norm_follows)
-                self._handles.append(module.register_forward_hook(hook))
+                self._sums[name] = _Sums()
+                hook = self._hook(self._sums[name], group.norm_follows, hessians)
+                self._handles.append(layer.get_submodule(name).register_forward_hook(hook))
 
-    def remove(self) -> None:
+    def finish(self, found: Gradients, prefix: str) -> None:
+        """Remove the hooks and put the results into `found`."""
+        tiny = torch.finfo(torch.float32).tiny
         for handle in self._handles:
             handle.remove()
+        for name, sums in self._sums.items():
+            if not bool(torch.isfinite(sums.squares).all()):
+                raise PruneError(f"prune: the gradient at {prefix}{name} has NaN or Inf")
+            mean, full = sums.mass / sums.later, prefix + name
+            found.sensitivity[full] = (sums.squares / sums.later).cpu()
+            sinks = torch.cat(sums.sinks) / (mean * sums.tokens).clamp_min(tiny).sqrt()
+            found.sinks[full] = (sinks * (mean > 0)).cpu()
+            found.norm_mean[full] = float(sums.norm) / sums.tokens
+            if isinstance(sums.hessian, Tensor):
+                scale = (mean * sums.later).clamp_min(tiny)
+                found.hessians[full] = symmetrize(sums.hessian).div_(scale).cpu()
 
-    def _hook(self, name: str, normalised: bool):
+    def _hook(self, sums: _Sums, norm_follows: bool, hessians: bool):
         def forward_hook(module, args, output):
-            y = output.detach()
+            x, y = args[0].detach(), output.detach()
+            length = x.shape[-2]
 
             def take(grad):
-                g = grad.float().reshape(-1, grad.shape[-1]).square()
-                if normalised:
-                    g = g * y.float().reshape(g.shape).square().mean(dim=-1, keepdim=True)
-                self.sums[name] = self.sums.get(name, 0) + g.sum(dim=0)
-                self.tokens[name] = self.tokens.get(name, 0) + g.shape[0]
+                g = grad.float().reshape(-1, length, grad.shape[-1]).square()
+                flat = x.reshape(-1, length, x.shape[-1])
+                weight = g.mean(dim=-1)
+                sums.sinks.append(flat[:, 0].float() * weight[:, :1].sqrt())
+                later = weight[:, 1:]
+                felt = later[later > 0]  # with a stride, the last layer's others feel nothing
+                limit = CLIP * felt.median() if felt.numel() else 0.0
+                share = torch.where(later > limit, limit / later.clamp_min(1e-45), 1.0)
+                sums.squares = sums.squares + (g[:, 1:] * share[..., None]).sum(dim=(0, 1))
+                sums.mass = sums.mass + (later * share).sum()
+                sums.tokens += weight.numel()
+                sums.later += later.numel()
+                norm = token_weights(y).sum() if norm_follows else float(weight.numel())
+                sums.norm = sums.norm + norm
+                if hessians:
+                    rows = flat[:, 1:].reshape(-1, x.shape[-1])
+                    if not isinstance(sums.hessian, Tensor):
+                        k = rows.shape[1]
+                        sums.hessian = torch.zeros(k, k, device=rows.device)
+                    accumulate(sums.hessian, rows, (later * share).reshape(-1))
 
             output.register_hook(take)
 
@@ -106,22 +179,28 @@ def _layer_gradient(walk: LayerWalk, index: int, hidden: Tensor, grad: Tensor) -
     return result.to(hidden.device)
 
 
-def _head_gradient(model, walk: LayerWalk, ids: Tensor, hidden: Tensor, stride: int) -> Tensor:
-    """Gradient of the summed next-token loss by the last layer's output."""
+def _head_gradient(
+    model, walk: LayerWalk, ids: Tensor, hidden: Tensor, stride: int, generator
+) -> Tensor:
+    """Gradient of the summed next-token loss by the last layer's output.
+
+    With a generator the next tokens are drawn from the model's own predictions.
+    """
     leaf = hidden.detach().clone().requires_grad_()
     head = model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)
     ids = ids.to(leaf.device)
     with torch.enable_grad(), overridden(walk.layers, walk.passing(leaf)):
         final = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         normed = final.detach().requires_grad_()
         rows = max(1, _LOGIT_ELEMENTS // head.weight.shape[0])
         positions = torch.arange(0, ids.shape[1] - 1, stride, device=ids.device)
-        for part in positions.split(rows):
-            logits = head(normed[0, part]).float()
-            if cap is not None:
-                logits = torch.tanh(logits / cap) * cap
-            loss = nn.functional.cross_entropy(logits, ids[0, part + 1], reduction="sum")
-            loss.backward()
+        for sequence in range(ids.shape[0]):
+            for part in positions.split(rows):
+                logits = logits_of(model, normed[sequence, part])
+                wanted = ids[sequence, part + 1]
+                if generator is not None:
+                    chances = logits.detach().softmax(dim=-1)
+                    wanted = torch.multinomial(chances, 1, generator=generator)[:, 0]
+                nn.functional.cross_entropy(logits, wanted, reduction="sum").backward()
         (grad,) = torch.autograd.grad(final, leaf, normed.grad)
     return grad

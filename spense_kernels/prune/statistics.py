@@ -13,7 +13,7 @@ from spense_kernels.errors import PruneError
 from spense_kernels.prune.calibrate import LayerWalk
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.groups import Group, decoder_layers
-from spense_kernels.prune.sensitivity import output_sensitivity
+from spense_kernels.prune.sensitivity import Gradients, collect_gradients
 from spense_kernels.prune.store import tensor_digest, write_atomic
 
 
@@ -45,13 +45,13 @@ class Statistics:
     Attributes:
         layers: one a decoder layer, and one more for `PruneConfig.modules` when it names any.
         token_weighting: setting they were collected with.
-        sensitivity: F float32 [N] by full module name, or None when it was not asked for.
+        gradients: of one backward pass, or None when it was not asked for.
         calibration: {"sequences", "tokens", "sha256"} of the tokens.
     """
 
     layers: list[LayerStatistics]
     token_weighting: str
-    sensitivity: dict[str, Tensor] | None = None
+    gradients: Gradients | None = None
     calibration: dict = field(default_factory=dict)
 
     @property
@@ -64,7 +64,8 @@ class Statistics:
             {"groups": [asdict(g) for g in layer.groups], "hessians": layer.hessians}
             for layer in self.layers
         ]
-        value = {**vars(self), "layers": layers}
+        gradients = None if self.gradients is None else vars(self.gradients)
+        value = {**vars(self), "layers": layers, "gradients": gradients}
         write_atomic(Path(path), lambda file: torch.save(value, file))
 
     @classmethod
@@ -78,6 +79,8 @@ class Statistics:
             )
             for layer in value["layers"]
         ]
+        if value["gradients"] is not None:
+            value["gradients"] = Gradients(**value["gradients"])
         return cls(**value)
 
 
@@ -128,24 +131,27 @@ def collect_statistics(
     statistics = Statistics(
         layers, config.token_weighting, calibration=describe_calibration(calibration)
     )
-    if config.strategy == "staircase":
-        add_sensitivity(statistics, model, calibration, config, progress, device)
+    if config.needs_gradients:
+        add_gradients(statistics, model, calibration, config, progress, device)
     return statistics
 
 
-def add_sensitivity(
+def add_gradients(
     statistics: Statistics, model, calibration: Tensor, config: PruneConfig, progress, device
 ) -> None:
-    """Fill `statistics.sensitivity` with one backward pass over the last sequences."""
+    """Fill `statistics.gradients` with one backward pass over the last sequences."""
     count = len(decoder_layers(model)[1])
     progress.start("sensitivity", count)
-    statistics.sensitivity = output_sensitivity(
+    statistics.gradients = collect_gradients(
         model,
         calibration[-config.sensitivity_sequences :],
         [layer.groups for layer in statistics.layers[:count]],
         device=device,
-        weighting=config.token_weighting,
         stride=config.sensitivity_stride,
+        batch=config.sensitivity_batch,
+        hessians=config.gradient_share > 0.0,
+        labels=config.sensitivity_labels,
+        seed=config.seed,
         advance=progress.advance,
     )
     progress.finish()
@@ -164,5 +170,7 @@ def check_statistics(statistics: Statistics, config: PruneConfig) -> None:
     missing = [name for name in config.modules if name not in known]
     if missing:
         raise PruneError(f"prune_model: statistics lack the module {missing[0]!r}")
-    if config.strategy == "staircase" and statistics.sensitivity is None:
-        raise PruneError("prune_model: strategy 'staircase' needs statistics with sensitivity")
+    if config.needs_gradients and statistics.gradients is None:
+        raise PruneError("prune_model: these settings need statistics with sensitivity")
+    if config.needs_gradients and config.gradient_share and not statistics.gradients.hessians:
+        raise PruneError("prune_model: gradient_share needs statistics collected with it")

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from spense_kernels.prune.compress import Problem, Solution
-from spense_kernels.prune.config import PruneConfig
+from spense_kernels.prune.compress import Solution
 from spense_kernels.prune.groups import Group
-from spense_kernels.prune.hessian import dead_inputs, permuted
+from spense_kernels.prune.hessian import permuted
 from spense_kernels.prune.install import PrunedModule
-from spense_kernels.prune.plan import LayerPlan, shards_of
-from spense_kernels.prune.reorder import gated_pairs
+from spense_kernels.prune.order import Problem
+from spense_kernels.prune.plan import Curvature, LayerPlan, shards_of
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Task:
 
     def finish(self, solution: Solution) -> None:
         """Pruned modules by name, on the CPU."""
-        dead = int(dead_inputs(self.problem.hessian).sum())
+        dead = int(self.problem.dead.sum())
         for i, name in enumerate(self.group.modules):
             weight, scale, bias = solution.weights[i], None, self.biases[i]
             if solution.scales is not None:
@@ -61,19 +60,16 @@ def layer_tasks(
     groups: list[Group],
     hessians: dict[str, Tensor],
     plan: LayerPlan,
-    config: PruneConfig,
+    curvature: Curvature,
     prefix: str,
     device,
 ) -> list[Task]:
-    """Problems of a layer on the compute device, rows of gate/up and columns of down moved."""
-    rows, columns = {}, {}
-    for pair in gated_pairs(layer, groups):
-        if pair.gate in plan.row_order:
-            order = plan.row_order[pair.gate].to(device)
-            rows[pair.gate] = rows[pair.up] = columns[pair.down] = order
+    """Problems of a layer on the compute device, rows and columns moved by the plan."""
+    rows = {name: order.to(device) for name, order in plan.row_order.items()}
+    columns = {name: order.to(device) for name, order in plan.column_order.items()}
     found = []
     for group in groups:
-        hessian = hessians[group.name].to(device)
+        hessian = curvature.of(group, hessians, prefix, device)
         if group.name in columns:
             hessian = permuted(hessian, columns[group.name])
         moved = [_moved(layer.get_submodule(m), rows.get(m), columns.get(m), device)
@@ -84,7 +80,7 @@ def layer_tasks(
             [weight for weight, _ in moved],
             hessian,
             [plan.widths[name] for name in group.modules],
-            shards_of(group, config),
+            shards_of(group, curvature.config),
             weighting or None,
         )
         found.append(Task(index, group, problem, [bias for _, bias in moved]))

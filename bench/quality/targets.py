@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures to reach: one-shot and fine-tuned R at 0, 12.5, 25 and 50 % dense, several seeds.
+
+    python bench/quality/targets.py --device cuda
+    python bench/quality/targets.py --device cpu --seeds 0 --tune-seconds 0
+
+Every row runs through torch.ops.spense.hybrid_gemm. Rows already in the output file stay, so the
+table can be run in pieces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from session import SETTINGS, Session, add_options, open_session
+
+from spense_kernels.finetune import FinetuneConfig, finetune, finish_student, make_student
+from spense_kernels.prune import PruneConfig
+
+FRACTIONS = (0.25, 0.125, 0.5, 0.0)
+TARGETS = {0.0: (0.35, None), 0.125: (0.64, 0.86), 0.25: (0.75, 0.91), 0.5: (0.89, 0.96)}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser, "bench/results/quality_targets.json")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tune-seconds", type=float, default=110, help="a fine-tune; 0 for none")
+    parser.add_argument("--tune-seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--lr", type=float, default=1.5e-4)
+    parser.add_argument("--batch", type=int, default=16)
+    return parser.parse_args()
+
+
+def label(fraction: float) -> str:
+    return f"staircase {100 * fraction:g} %" if fraction else "2:4"
+
+
+def fill(session: Session, options) -> None:
+    """All rows, the most telling first."""
+    session.ends()
+    rows = session.results["rows"]
+    for seed in options.seeds:
+        for fraction in FRACTIONS:
+            name = f"{label(fraction)}, seed {seed}"
+            tuned = f"{label(fraction)}, fine-tuned {options.tune_seconds:g} s, seed {seed}"
+            tunes = options.tune_seconds > 0 and seed in options.tune_seeds and fraction > 0
+            if name in rows and (not tunes or tuned in rows):
+                continue
+            config = PruneConfig(**SETTINGS, dense_fraction=fraction, seed=seed)
+            row, pruned = session.prune(name, config, seed)
+            if tunes:
+                tune(session, tuned, pruned, row["dense_fraction"], options)
+    seed = options.seeds[0]
+    others = (
+        ("k_shards 2", {"k_shards": 2}),
+        ("uniform", {"strategy": "uniform"}),
+        ("without fp8", {"fp8": False}),
+        ("without the mask search", {"admm_steps": 0}),
+    )
+    for note, change in others:
+        name = f"25 %, {note}, seed {seed}"
+        if name not in rows:
+            session.prune(name, PruneConfig(**{**SETTINGS, **change, "seed": seed}), seed)
+
+
+def tune(session: Session, name: str, pruned, dense_fraction: float, options) -> None:
+    """Fine-tune as many steps as fit the time: a few steps without a learning rate tell."""
+    windows = session.training()
+    student = make_student(pruned)
+    for _ in range(2):  # the first call also warms up
+        probe = FinetuneConfig(steps=4, batch=options.batch, lr=1e-12, warmup=0)
+        found = finetune(student, session.model, windows, probe)
+    steps = max(10, int(0.95 * options.tune_seconds / (found.seconds / probe.steps)))
+    config = FinetuneConfig(
+        steps=steps, batch=options.batch, lr=options.lr, warmup=min(40, steps // 5)
+    )
+    begin = time.monotonic()
+    report = finetune(student, session.model, windows, config)
+    row = {
+        "tune_seconds": round(time.monotonic() - begin, 1),
+        "steps": steps,
+        "tokens": report.tokens,
+        "train_kl": [round(x, 4) for x in report.losses[:: max(1, steps // 20)]],
+        "dense_fraction": dense_fraction,
+        "config": {"fp8": True},
+        "finetune_config": config.to_json(),
+    }
+    session.keep(name, row, finish_student(student).to(session.device))
+
+
+def show(rows: dict, seeds: list[int], seconds: float) -> None:
+    """Means over seeds against the targets."""
+    print(f"\n{'dense':>8} {'one-shot':>9} {'target':>7} {'fine-tuned':>11} {'target':>7}")
+    for fraction, (shot, tuned) in sorted(TARGETS.items()):
+        cells = []
+        for kind in ("", f", fine-tuned {seconds:g} s"):
+            found = [
+                rows[name]["test"]["r"]
+                for seed in seeds
+                if (name := f"{label(fraction)}{kind}, seed {seed}") in rows
+            ]
+            cells.append(f"{sum(found) / len(found):.3f} ({len(found)})" if found else "-")
+        print(f"{fraction:8.1%} {cells[0]:>9} {shot:7.2f} {cells[1]:>11} {tuned or '-':>7}")
+
+
+def main() -> None:
+    options = parse()
+    session = open_session(options)
+    fill(session, options)
+    show(session.results["rows"], options.seeds, options.tune_seconds)
+
+
+if __name__ == "__main__":
+    main()

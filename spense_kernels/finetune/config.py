@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the fine-tune, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+
+from spense_kernels.errors import PruneError
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to fine-tune.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: windows a step, over all processes.
+        micro_batch: windows a forward pass; None for all of a process's share at once.
+        lr: peak learning rate of Adam; linear warm-up, then a cosine down to `lr_end` * lr.
+        warmup: steps of the warm-up.
+        lr_end: share of lr that is left at the end.
+        betas: of Adam.
+        clip: largest norm of the gradient; 0 for no limit.
+        save_every: steps between two saved states (with a work_dir).
+        seed: of the order of the windows.
+    """
+
+    steps: int = 300
+    batch: int = 8
+    micro_batch: int | None = None
+    lr: float = 1e-4
+    warmup: int = 20
+    lr_end: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    save_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name, low in (
+            ("steps", 1), ("batch", 1), ("warmup", 0), ("save_every", 1), ("seed", 0),
+        ):  # fmt: skip
+            _integer(name, getattr(self, name), low)
+        if self.micro_batch is not None:
+            _integer("micro_batch", self.micro_batch, 1)
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise PruneError(f"FinetuneConfig: lr must be above 0, got {self.lr}")
+        if not 0.0 <= self.lr_end <= 1.0:
+            raise PruneError(f"FinetuneConfig: lr_end must be in 0..1, got {self.lr_end}")
+        if not self.clip >= 0:
+            raise PruneError(f"FinetuneConfig: clip must be at least 0, got {self.clip}")
+
+    def share(self, step: int) -> float:
+        """Learning rate of a step (0-based) over `lr`."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr_end + (1.0 - self.lr_end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def fingerprint(self) -> str:
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _integer(name: str, value, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise PruneError(f"FinetuneConfig: {name} must be an int >= {low}, got {value!r}")

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainable stand-ins for SpenseLinear: float32 weights, fixed masks, FP8 in the forward pass.
+
+Rounding is straight-through: the forward pass computes what the kernel computes, the backward pass
+takes the rounding for the identity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spense_kernels.errors import PruneError
+from spense_kernels.format import HybridWeight, Split
+from spense_kernels.linear import SpenseLinear
+
+FP8_MAX = 448.0
+_AMAX_FLOOR = 1e-12
+
+
+class StudentLinear(nn.Module):
+    """y = fp8(x) @ fp8(weight * mask).T + bias with gradients for x and weight.
+
+    Attributes:
+        weight: float32 Parameter [N, K], zero where pruned.
+        mask: bool [N, K], True = kept; never changes.
+        scale: float32 [N], least scale of every row: where the weights come from FP8 it is theirs,
+            so that the first forward pass rounds nothing. A row that grows gets a larger one.
+        bias: float32 [N] or None; not trained.
+        split: Split of the layer, or None for one that is not going back into a SpenseLinear.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        mask: Tensor,
+        bias: Tensor | None = None,
+        split: Split | None = None,
+        scale: Tensor | None = None,
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().float() * mask)
+        self.register_buffer("mask", mask)
+        least = torch.zeros(weight.shape[0], device=weight.device) if scale is None else scale
+        self.register_buffer("scale", least.detach().float())
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self.split = split
+        self.out_features, self.in_features = weight.shape
+
+    @classmethod
+    def from_spense(cls, layer: SpenseLinear) -> StudentLinear:
+        """The same weight, trainable."""
+        hybrid = layer.hybrid_weight()
+        weight = hybrid.dequantize()
+        mask = kept_places(weight, hybrid.split)
+        return cls(weight, mask, hybrid.bias, hybrid.split, hybrid.w_scale)
+
+    def to_spense(self) -> SpenseLinear:
+        """The FP8 layer that computes what this one does."""
+        codes, scale = quantize_rows(self.weight.detach() * self.mask, self.scale)
+        codes = codes.view(torch.uint8)
+        codes = torch.where(codes == 0x80, 0, codes)  # -0 counts as zero
+        hybrid = HybridWeight.from_dense(codes, scale, self.split, self.bias)
+        return SpenseLinear.from_hybrid(hybrid).to(self.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype."""
+        rows = x.reshape(-1, self.in_features)
+        y = _Fp8Linear.apply(rows, self.weight, self.mask, self.scale)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn, recurse=True):
+        # What is float32 by definition stays so when a model is cast.
+        super()._apply(fn, recurse)
+        self.weight.data = self.weight.data.float()
+        for name, buffer in self._buffers.items():
+            if buffer is not None and name != "mask":
+                self._buffers[name] = buffer.float()
+        return self
+
+
+def kept_places(weight: Tensor, split: Split) -> Tensor:
+    """bool [N, K]: dense columns of each tile, and the nonzeros elsewhere.
+
+    A kept weight of the sparse part that is exactly zero counts as pruned.
+    """
+    keep = weight != 0
+    columns = split.columns().to(weight.device)  # [k_shards, K / k_shards], sparse first
+    for tile, width in enumerate(split.dense_width.tolist()):
+        rows = slice(128 * tile, min(128 * (tile + 1), weight.shape[0]))
+        if width:
+            keep[rows, columns[:, columns.shape[1] - width :].reshape(-1)] = True
+    return keep
+
+
+def quantize_rows(values: Tensor, least: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn [M, K], float32 scale [M] = max(|row|, 1e-12) / 448, at least `least`."""
+    scale = values.abs().amax(dim=1).float().clamp_min(_AMAX_FLOOR) * (1.0 / FP8_MAX)
+    if least is not None:
+        # 448 * scale / 448 need not round back to scale.
+        scale = torch.where(scale > least * (1.0 + 1e-6), scale, least)
+    scaled = values.float() * scale.reciprocal()[:, None]
+    return scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, mask, scale):
+        x8, x_scale = quantize_rows(x)
+        w8, w_scale = quantize_rows(weight * mask, scale)
+        ctx.save_for_backward(x8, x_scale, w8, w_scale, mask)
+        ctx.dtype = x.dtype
+        return _product(x8, x_scale, w8, w_scale, x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x8, x_scale, w8, w_scale, mask = ctx.saved_tensors
+        dtype = ctx.dtype
+        x_grad = w_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = (grad * w_scale.to(dtype)) @ w8.to(dtype)
+        if ctx.needs_input_grad[1]:
+            w_grad = ((grad * x_scale[:, None].to(dtype)).T @ x8.to(dtype)).float() * mask
+        return x_grad, w_grad, None, None
+
+
+def _product(x8, x_scale, w8, w_scale, dtype) -> Tensor:
+    """(x8 @ w8.T) * x_scale[m] * w_scale[n]; products of FP8 values are exact in bf16."""
+    if x8.is_cuda and dtype == torch.bfloat16 and _has_fp8_matmul(x8, w8):
+        return torch._scaled_mm(
+            x8, w8.T, scale_a=x_scale[:, None], scale_b=w_scale[None], out_dtype=dtype
+        )
+    y = (x8.to(dtype) @ w8.to(dtype).T).float()
+    return (y * x_scale[:, None] * w_scale).to(dtype)
+
+
+def _has_fp8_matmul(x8: Tensor, w8: Tensor) -> bool:
+    aligned = x8.shape[1] % 16 == 0 and w8.shape[0] % 16 == 0
+    return aligned and torch.cuda.get_device_capability(x8.device) >= (9, 0)
+
+
+def student_layers(model: nn.Module) -> dict[str, StudentLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, StudentLinear)}
+
+
+def make_student(model: nn.Module) -> nn.Module:
+    """Put a StudentLinear in place of every SpenseLinear; everything else is frozen.
+
+    Raises PruneError when the model holds none.
+    """
+    model.requires_grad_(False)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, SpenseLinear)]
+    if not found:
+        raise PruneError(f"finetune: {type(model).__name__} holds no SpenseLinear")
+    for name, layer in found:
+        model.set_submodule(name, StudentLinear.from_spense(layer))
+    return model
+
+
+def finish_student(model: nn.Module) -> nn.Module:
+    """Put a SpenseLinear back in place of every StudentLinear."""
+    for name, layer in student_layers(model).items():
+        model.set_submodule(name, layer.to_spense())
+    return model.requires_grad_(False)
