@@ -42,3 +42,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+# Of the pruner's tests. prune_models needs transformers, which not every test has.
+@pytest.fixture(scope="module")
+def tokens():
+    from prune_models import tokens_for_calibration
+
+    return tokens_for_calibration()
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    from prune_models import make
+
+    return make("gemma3")
+
+
+@pytest.fixture(scope="module")
+def gemma_statistics(gemma, tokens):
+    from prune_models import quick
+
+    from spense_kernels.prune import collect_statistics
+
+    return collect_statistics(gemma, tokens, quick(strategy="staircase"))

@@ -15,7 +15,6 @@ from prune_models import (
     pruned_tensors,
     quick,
     same,
-    tokens_for_calibration,
 )
 from torch import nn
 
@@ -29,21 +28,6 @@ from spense_kernels.prune.plan import Curvature, LayerPlan
 from spense_kernels.prune.reorder import reader_order, sort_in_shards, value_heads
 from spense_kernels.prune.sensitivity import Gradients
 from spense_kernels.prune.tasks import layer_tasks
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return tokens_for_calibration()
-
-
-@pytest.fixture(scope="module")
-def gemma():
-    return make("gemma3")
-
-
-@pytest.fixture(scope="module")
-def statistics(gemma, tokens):
-    return collect_statistics(gemma, tokens, quick(strategy="staircase"))
 
 
 def second_moment(tokens=300, k=48, seed=0):
@@ -70,9 +54,9 @@ def test_shrinkage_makes_a_singular_hessian_regular():
     assert torch.linalg.eigvalsh(shrunk(hessian, 0.1))[0] > 0.05 * hessian.diagonal().min()
 
 
-def test_shrinkage_reaches_every_projection(gemma, tokens, statistics):
+def test_shrinkage_reaches_every_projection(gemma, tokens, gemma_statistics):
     plain, strong = (
-        pruned_tensors(gemma, tokens, quick(shrinkage=share), statistics=statistics)
+        pruned_tensors(gemma, tokens, quick(shrinkage=share), statistics=gemma_statistics)
         for share in (0.0, 0.5)
     )
     for one, two in zip(plain.layers, strong.layers, strict=True):
@@ -80,10 +64,10 @@ def test_shrinkage_reaches_every_projection(gemma, tokens, statistics):
             assert not torch.equal(one[name].weight, two[name].weight), name
 
 
-def test_sinks_add_the_first_tokens_to_a_mean_hessian(gemma, tokens, statistics):
+def test_sinks_add_the_first_tokens_to_a_mean_hessian(gemma, tokens, gemma_statistics):
     """Curvature of a projection against its definition."""
-    groups = statistics.layers[0].groups
-    hessians, gradients = statistics.layers[0].hessians, statistics.gradients
+    groups = gemma_statistics.layers[0].groups
+    hessians, gradients = gemma_statistics.layers[0].hessians, gemma_statistics.gradients
     prefix, count = "model.layers.0.", tokens.numel()
     curvature = Curvature(gradients, count, quick())
     for group in groups:
@@ -130,13 +114,13 @@ def test_sinks_need_statistics_with_gradients(gemma, tokens):
         prune_model(gemma, tokens, quick(), statistics=plain, on_layer=Keep())
 
 
-def test_sinks_switch_off(gemma, tokens, statistics):
+def test_sinks_switch_off(gemma, tokens, gemma_statistics):
     """Without sinks the gradients in the statistics change nothing."""
     plain = collect_statistics(gemma, tokens, quick(sinks=False))
     config = quick(sinks=False)
     given = pruned_tensors(gemma, tokens, config, statistics=plain)
-    assert same(given, pruned_tensors(gemma, tokens, config, statistics=statistics))
-    on = pruned_tensors(gemma, tokens, quick(), statistics=statistics)
+    assert same(given, pruned_tensors(gemma, tokens, config, statistics=gemma_statistics))
+    on = pruned_tensors(gemma, tokens, quick(), statistics=gemma_statistics)
     assert not same(given, on)
 
 
@@ -175,13 +159,13 @@ def test_sorted_value_rows_leave_the_model_alone(family, tokens):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_plan_moves_value_rows_and_their_reader(gemma, tokens, statistics):
+def test_plan_moves_value_rows_and_their_reader(gemma, tokens, gemma_statistics):
     """All dense but for the last tiles, the pruned attention computes what the dense one does."""
     config = quick(
         strategy="staircase", dense_fraction=0.999, widths=(0.0, 1.0), fp8=False, refit_steps=0
     )
     target = shallow_clone(gemma)
-    prune_model(target, tokens, config, statistics=statistics)
+    prune_model(target, tokens, config, statistics=gemma_statistics)
     exact = 0
     for old, new in zip(gemma.model.layers, target.model.layers, strict=True):
         before, after = old.self_attn, new.self_attn

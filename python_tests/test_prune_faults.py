@@ -9,27 +9,12 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from prune_models import Keep, make, pruned_tensors, quick, same, tokens_for_calibration
+from prune_models import Keep, make, pruned_tensors, quick, same
 
 from spense_kernels.errors import PruneError
 from spense_kernels.linear import SpenseLinear
 from spense_kernels.prune import PruneConfig, collect_statistics, driver, prune_model, shallow_clone
 from spense_kernels.prune.groups import decoder_layers
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return tokens_for_calibration()
-
-
-@pytest.fixture(scope="module")
-def gemma():
-    return make("gemma3")
-
-
-@pytest.fixture(scope="module")
-def gemma_statistics(gemma, tokens):
-    return collect_statistics(gemma, tokens, quick(strategy="staircase"))
 
 
 class Killed(Exception):

@@ -19,7 +19,6 @@ from prune_models import (
     pruned_tensors,
     quick,
     same,
-    tokens_for_calibration,
 )
 
 from spense_kernels import prune
@@ -30,21 +29,6 @@ from spense_kernels.prune.calibrate import LayerWalk
 from spense_kernels.prune.mask import is_2to4
 from spense_kernels.prune.sensitivity import CLIP, collect_gradients
 from spense_kernels.quant import quantize_weight
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return tokens_for_calibration()
-
-
-@pytest.fixture(scope="module")
-def gemma():
-    return make("gemma3")
-
-
-@pytest.fixture(scope="module")
-def gemma_statistics(gemma, tokens):
-    return collect_statistics(gemma, tokens, quick(strategy="staircase"))
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "staircase"])
