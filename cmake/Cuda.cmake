@@ -72,8 +72,8 @@ function(spense_cuda_sources)
 endfunction()
 
 # spense_instances(<variable> <instances.def> <instance.cu.in>): every line NAME(a, b, c) of the
-# list becomes a source file in the build folder, from the template with @LINE@ = a, b, c and
-# @NAME@ = a. Comments start with //.
+# list becomes a source file in the build folder, from the template with @LINE@ = a, b, c,
+# @NAME@ = a and, of names such as t128x64_..., @TOKENS@ = 64. Comments start with //.
 function(spense_instances variable list template)
   set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${list} ${template})
   get_filename_component(folder ${list} DIRECTORY)
@@ -84,11 +84,7 @@ function(spense_instances variable list template)
     string(REGEX REPLACE "^[A-Z_0-9]+\\((.*)\\).*$" "\\1" LINE "${line}")
     string(REGEX REPLACE "^([^,]+).*$" "\\1" NAME "${LINE}")
     string(STRIP "${NAME}" NAME)
-    if(NAME MATCHES "x176_")
-      set(EXTENDED 1)
-    else()
-      set(EXTENDED 0)
-    endif()
+    string(REGEX REPLACE "^[a-z]+[0-9]+x([0-9]+)_.*$" "\\1" TOKENS "${NAME}")
     set(file ${CMAKE_BINARY_DIR}/generated/${folder}/${NAME}.cu)
     configure_file(${template} ${file} @ONLY)
     list(APPEND files ${file})
