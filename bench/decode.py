@@ -5,8 +5,10 @@
     python bench/decode.py --models seed-oss-36b --cache fp8 --batch 64 128 \\
         --out bench/results/decode.json --merge bench/results/decode.json
 
-Weights and cache are random, of the real shapes. What does not fit the card is named and left out.
-Every run times the dense model first, so that speed-ups compare what ran on one warm card.
+Weights and cache are random, of the real shapes, all layers. What does not fit the card is named
+and left out. Every run times the dense model first, so that speed-ups compare what ran on one warm
+card, and chooses the attention once for all kinds of linear layers. The file is written after every
+point.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from decoding.attention import fastest
+from decoding.attention import Attention, fastest
 from decoding.linears import KINDS, factory
 from decoding.models import MODELS, ModelShape
 from decoding.results import HEADER, Results, line
@@ -28,7 +31,6 @@ from gemm.machine import clocks, machine
 from gemm.timing import Recorder
 
 CACHES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-SECONDS = 0.5  # of replays, of a whole step and of each part
 GIB = 1 << 30
 
 
@@ -36,7 +38,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["qwen3-32b"], choices=MODELS)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--dense", nargs="+", type=float, default=[0.25], help="dense fractions")
+    parser.add_argument(
+        "--dense", nargs="+", type=float, default=[0.25], help="dense fractions, ours"
+    )
+    parser.add_argument("--rival-dense", nargs="+", type=float, default=[0.25], help="two_library")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 64, 128])
     parser.add_argument("--context", nargs="+", type=int, default=[1024])
     parser.add_argument("--cache", nargs="+", default=list(CACHES), choices=CACHES)
@@ -44,6 +49,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try things")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--no-parts", action="store_true", help="leave the breakdown out")
+    parser.add_argument(
+        "--seconds", type=float, default=0.15, help="replays of one step, or part, go on so long"
+    )
+    parser.add_argument("--stop-after", type=float, help="seconds after which no point begins")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--merge", nargs="*", type=Path, default=[], help="older result files")
     parser.add_argument("--merge-only", action="store_true", help="write --out and time nothing")
@@ -59,26 +68,44 @@ class Runner:
         self.recorder = Recorder(self.device)
         self.failures = 0
         self.results = Results(args.out, machine(self.device), args.merge)
-        # Every batch and context is compiled on its own.
-        torch._dynamo.config.recompile_limit = 1000
-        torch._dynamo.config.accumulated_recompile_limit = 10000
+        self.start = time.perf_counter()
+        # What a step attends over -> name and function of the attention.
+        self.attention: dict[tuple, tuple[str, Attention]] = {}
 
     def model(self, shape: ModelShape) -> None:
         shape = replace(shape, layers=self.args.layers or shape.layers)
         for kind in sorted(self.args.kinds, key=KINDS.index):
-            for d in [None] if kind == "dense" else self.args.dense:
-                self._kind(shape, kind, d)
+            for d in self._fractions(kind):
+                if self._late():
+                    print(f"{shape.name} {kind} {d}: left out, time is up", flush=True)
+                else:
+                    self._kind(shape, kind, d)
+
+    def _fractions(self, kind: str) -> list[float | None]:
+        if kind == "dense":
+            return [None]
+        return self.args.dense if kind == "spense" else self.args.rival_dense
+
+    def _late(self) -> bool:
+        limit = self.args.stop_after
+        return limit is not None and time.perf_counter() - self.start > limit
 
     def _kind(self, shape: ModelShape, kind: str, d: float | None) -> None:
         rows = [*self.args.batch, *self.args.prefill]
-        make = factory(kind, d, self.device, rows, self.recorder)
         weights = None
+        start = time.perf_counter()
         try:
+            make = factory(kind, d, self.device, rows, self.recorder)
             weights = Weights(shape, make, self.device)
+            self._synchronize()
+            name = kind if d is None else f"{kind} {d:.1%}"
+            seconds = time.perf_counter() - start
+            print(f"{shape.name} {name}: weights made in {seconds:.1f} s", flush=True)
+            self.clocks = clocks(self.device)
             for length in self.args.prefill:
                 self._time(weights, kind, d, "prefill", 1, length, "bf16")
-            for cache in self.args.cache:
-                for context in self.args.context:
+            for context in self.args.context:
+                for cache in self.args.cache:
                     for batch in self.args.batch:
                         self._time(weights, kind, d, "decode", batch, context, cache)
         except torch.OutOfMemoryError:
@@ -102,6 +129,9 @@ class Runner:
         where = (
             f"{weights.shape.name} {kind} {what} batch {batch}, context {context}, {cache} cache"
         )
+        if self._late():
+            print(f"{where}: left out, time is up", flush=True)
+            return
         self._clear()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -130,7 +160,7 @@ class Runner:
             "context": context,
             "cache": cache,
             "linear_gib": round(weights.linear_bytes / GIB, 3),
-            "clocks": clocks(self.device),
+            "clocks": self.clocks,
         }
         print(line(self.results.add(point), self.results.points), flush=True)
 
@@ -139,19 +169,21 @@ class Runner:
         prefill = what == "prefill"
         tokens = context if prefill else 1
         memory = Cache(shape, batch, context, CACHES[cache], device)
-        keys, values = memory.layers[0]
-        size = (batch, tokens, shape.heads, shape.head_dim)
-        q = torch.randn(size, dtype=torch.bfloat16, device=device).transpose(1, 2)
-        name, attention = fastest(self.recorder, q, keys, values, prefill)
+        key = (shape, what, batch, context, cache)
+        if key not in self.attention:
+            size = (batch, tokens, shape.heads, shape.head_dim)
+            q = torch.randn(size, dtype=torch.bfloat16, device=device).transpose(1, 2)
+            self.attention[key] = fastest(self.recorder, q, memory.layers, prefill)
+        name, attention = self.attention[key]
         positions = torch.arange(context - tokens, context, device=device)
-        step = Step(weights, memory, positions, attention, compiled=device.type == "cuda")
+        step = Step(weights, memory, positions, attention, fused=device.type == "cuda")
         step.run()
         recordings = {"whole": self.recorder.record([step.run], 1)}
         if not self.args.no_parts:
             for part in PARTS:
                 recordings[part] = self.recorder.record([partial(step.run, (part,))], 1)
         cuda = device.type == "cuda"
-        seconds = SECONDS * len(recordings) if cuda else 0
+        seconds = self.args.seconds * (2 if len(recordings) > 1 else 1) if cuda else 0
         times = self.recorder.measure(recordings, seconds)
         ms = times["whole"]["us"] / 1e3
         return {
@@ -167,6 +199,10 @@ class Runner:
         """The others are timed all the same; the exit code tells."""
         self.failures += 1
         print(f"{where}: FAILED: {str(fault).strip().splitlines()[0]}", flush=True)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _clear(self) -> None:
         gc.collect()

@@ -41,7 +41,7 @@ def step_of(batch: int, context: int, tokens: int = 1, dtype=torch.bfloat16) -> 
     memory = Cache(TINY, batch, context, dtype, CPU)
     name = "math" if tokens > 1 else "widened"
     run = attention.candidates(CPU, dtype != torch.bfloat16, tokens > 1)[name]
-    return Step(weights, memory, torch.arange(context - tokens, context), run, compiled=False)
+    return Step(weights, memory, torch.arange(context - tokens, context), run, fused=False)
 
 
 def plainly(step: Step, caches, tokens: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ def plainly(step: Step, caches, tokens: torch.Tensor) -> torch.Tensor:
         y = linear(layer.linears["qkv"], rms(x, layer.norms[0]))
         y = y.view(len(tokens), -1, shape.head_dim)
         q, k, v = y.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
-        q, k = turn(rms(q, layer.qk_norms[0])), turn(rms(k, layer.qk_norms[1]))
+        q, k = (turn(rms(t, w)) for t, w in zip((q, k), layer.qk_norms, strict=True))
         keys = torch.cat((keys[:, :, :-1].float(), k[:, :, None]), dim=2)
         values = torch.cat((values[:, :, :-1].float(), v[:, :, None]), dim=2)
         keys, values = (t.repeat_interleave(2, dim=1) for t in (keys, values))
@@ -106,7 +106,7 @@ def test_a_prompt_ends_like_a_step():
     prompt.run()
     memory = prompt.cache
     run = attention.candidates(CPU, False, False)["widened"]
-    step = Step(prompt.weights, memory, torch.tensor([11]), run, compiled=False)
+    step = Step(prompt.weights, memory, torch.tensor([11]), run, fused=False)
     step.tokens.copy_(torch.tensor([11 * 7]))
     step.run()
     logits, wanted = step.left["logits"].float(), prompt.left["logits"].float()
@@ -204,10 +204,10 @@ def test_what_fails_is_told_and_the_rest_is_timed(tmp_path, capsys, monkeypatch)
     words += f"--cache bf16 --prefill --layers 1 --no-parts --out {tmp_path / 'f.json'}"
     choose = decode.fastest
 
-    def fails_for_three(recorder, q, k, v, causal):
+    def fails_for_three(recorder, q, memory, causal):
         if q.shape[0] == 3:
             raise RuntimeError("no attention runs here: none")
-        return choose(recorder, q, k, v, causal)
+        return choose(recorder, q, memory, causal)
 
     monkeypatch.setattr(decode, "fastest", fails_for_three)
     assert decode.main(words.split()) == 1

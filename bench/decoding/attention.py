@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of one decoding step and of a prompt, from torch; the fastest one that runs is taken.
+"""Attention of one decoding step and of a prompt; the fastest one that runs is taken.
 
 q [batch, heads, tokens, head_dim] in bf16; keys and values [batch, kv_heads, context, head_dim] in
 bf16 or float8_e4m3fn. All of the cache is attended to, as in a step at its last position.
@@ -7,17 +7,20 @@ bf16 or float8_e4m3fn. All of the cache is attended to, as in a step at its last
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from gemm.timing import Recorder
+from gemm.timing import Recorder, Recording
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 LAUNCHES = 16
+SPLITS = (1, 2, 4, 8, 16, 32)
+LEAST_CHUNK = 128  # places of the cache that are worth a program
 
 
 @cache
@@ -42,34 +45,74 @@ def widened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), enable_gqa=True)
 
 
-def candidates(device: torch.device, fp8: bool, causal: bool) -> dict[str, Attention]:
+def candidates(
+    device: torch.device, fp8: bool, causal: bool, context: int = 0
+) -> dict[str, Attention]:
+    """Name and function of what may run; `context` is what our own kernel cuts into chunks."""
     if device.type == "cpu":
         if causal:
             return {"math": partial(sdpa, SDPBackend.MATH, True)}
         return {"widened": widened}
     found: dict[str, Attention] = {}
     if not causal:
-        found["flex"] = flex
+        kernels = own_kernels()
+        for splits in SPLITS if kernels else ():
+            if splits == 1 or (context % splits == 0 and context // splits >= LEAST_CHUNK):
+                found[f"triton, {splits} splits"] = partial(kernels.attend, splits)
     if not fp8:
         found["flash"] = partial(sdpa, SDPBackend.FLASH_ATTENTION, causal)
         found["cudnn"] = partial(sdpa, SDPBackend.CUDNN_ATTENTION, causal)
     return found
 
 
+@cache
+def own_kernels() -> ModuleType | None:
+    """decoding.kernels, or None with a word where there is no Triton."""
+    try:
+        from decoding import kernels
+    except ImportError as problem:
+        print(f"without own kernels: {problem}", flush=True)
+        return None
+    return kernels
+
+
 def fastest(
-    recorder: Recorder, q: Tensor, k: Tensor, v: Tensor, causal: bool
+    recorder: Recorder, q: Tensor, memory: Sequence[tuple[Tensor, Tensor]], causal: bool
 ) -> tuple[str, Attention]:
-    """Name and function of the fastest that runs for these tensors."""
-    recordings, faults = {}, []
-    options = candidates(q.device, k.dtype != q.dtype, causal)
-    for name, attention in options.items():
-        call = partial(attention, q, k, v)
-        try:
-            recordings[name] = recorder.record([call] * LAUNCHES, LAUNCHES)
-        except (RuntimeError, NotImplementedError, ValueError) as fault:
-            faults.append(f"{name}: {fault}")
+    """Name and function of the fastest that runs for these tensors.
+
+    Args:
+        memory: keys and values of several layers, so that no cache of the GPU holds them all.
+    """
+    keys = memory[0][0]
+    options = candidates(q.device, keys.dtype != q.dtype, causal, keys.shape[2])
+    faults: list[str] = []
+    recordings = _recordings(recorder, options, q, memory, faults)
+    if not recordings and not causal and q.device.type == "cuda":
+        options = {"flex": flex}  # takes seconds to compile for every shape
+        recordings = _recordings(recorder, options, q, memory, faults)
     if not recordings:
         raise RuntimeError("no attention runs here: " + "; ".join(faults))
-    times = recorder.measure(recordings, seconds=0.05)
+    times = recorder.measure(recordings, seconds=0.02)
     best = min(times, key=lambda name: times[name]["us"])
     return best, options[best]
+
+
+def _recordings(
+    recorder: Recorder,
+    options: dict[str, Attention],
+    q: Tensor,
+    memory: Sequence[tuple[Tensor, Tensor]],
+    faults: list[str],
+) -> dict[str, Recording]:
+    found = {}
+    layers = memory[:LAUNCHES]
+    for name, attention in options.items():
+        try:
+            attention(q, *memory[0])
+            calls = [partial(attention, q, *layer) for layer in layers]
+            found[name] = recorder.record(calls, len(calls))
+        # What a library or a compiler raises where it does not fit is its own affair.
+        except Exception as fault:
+            faults.append(f"{name}: {fault}")
+    return found

@@ -14,7 +14,7 @@ import torch
 from gemm.operands import random_fp8, random_x, tile_stream, tiles_of, two_of_four
 from gemm.rivals import CusparseLt
 from gemm.shapes import Layer
-from gemm.timing import Call, Recorder
+from gemm.timing import Recorder
 from torch import Tensor
 
 from spense_kernels import ops
@@ -108,13 +108,7 @@ def _algorithms(
     n: int, k: int, columns: int, rows: tuple[int, ...], recorder: Recorder
 ) -> dict[int, tuple[int, int, int]]:
     """Number of rows -> the fastest algorithm of cuSPARSELt."""
-
-    def best(choices: list[list[Call]]) -> int:
-        recordings = {str(i): recorder.record(c, len(c)) for i, c in enumerate(choices)}
-        times = recorder.measure(recordings, seconds=0.1)
-        return min(range(len(choices)), key=lambda i: times[str(i)]["us"])
-
-    rival = CusparseLt(Layer("", f"{n}x{k}", n, k), recorder.device, best, columns)
+    rival = CusparseLt(Layer("", f"{n}x{k}", n, k), recorder.device, recorder.quick, columns)
     for m in rows:
         rival.calls(m)
     return {m: rival.chosen[-(-m // ROWS) * ROWS] for m in rows}
@@ -172,4 +166,4 @@ def factory(
     return make
 
 
-KINDS = ("dense", "two_library", "spense")
+KINDS = ("dense", "spense", "two_library")

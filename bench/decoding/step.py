@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decoding.attention import Attention
+from decoding.attention import Attention, own_kernels
 from decoding.linears import BF16, Factory, Linear
 from decoding.models import ModelShape
 from spense_kernels import ops
@@ -35,7 +35,7 @@ class LayerWeights:
 
     linears: dict[str, Linear]
     norms: tuple[Tensor, Tensor]
-    qk_norms: tuple[Tensor, Tensor] | None
+    qk_norms: Tensor | None  # [2, head_dim]
 
 
 class Weights:
@@ -44,8 +44,8 @@ class Weights:
     def __init__(self, shape: ModelShape, make: Factory, device: torch.device):
         self.shape = shape
 
-        def norm(size: int) -> Tensor:
-            return torch.rand(size, device=device).add_(0.5).to(BF16)
+        def norm(*size: int) -> Tensor:
+            return torch.rand(*size, device=device).add_(0.5).to(BF16)
 
         self.layers = []
         for _ in range(shape.layers):
@@ -53,7 +53,7 @@ class Weights:
                 name: make(name, n, k, shape.qkv_bias and name == "qkv")
                 for name, (n, k) in shape.linears.items()
             }
-            heads = (norm(shape.head_dim), norm(shape.head_dim)) if shape.qk_norm else None
+            heads = norm(2, shape.head_dim) if shape.qk_norm else None
             self.layers.append(
                 LayerWeights(linears, (norm(shape.hidden), norm(shape.hidden)), heads)
             )
@@ -94,27 +94,27 @@ def split_and_store(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
+    norms: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
     positions: Tensor,
     heads: int,
     eps: float,
-    fp8: bool,
 ) -> Tensor:
-    """Norms of heads, rotary positions, keys and values into the cache (bytes where it is FP8).
+    """Norms of heads, rotary positions, keys and values into the cache; in plain torch.
 
-    qkv [batch * tokens, rows] -> q [batch, heads, tokens, head_dim] in bf16.
+    qkv [batch * tokens, rows]; norms [2, head_dim] of q and k or None ->
+    q [batch, heads, tokens, head_dim] in bf16.
     """
     batch, kv_heads, _, head_dim = k_cache.shape
     parts = qkv.view(batch, positions.shape[0], -1, head_dim).transpose(1, 2)
     q, k, v = parts.split((heads, kv_heads, kv_heads), dim=1)
-    if q_norm is not None:
-        q, k = _norm(q, q_norm, eps), _norm(k, k_norm, eps)
+    if norms is not None:
+        q, k = _norm(q, norms[0], eps), _norm(k, norms[1], eps)
     q, k = _rotate(q.float(), cos, sin).to(BF16), _rotate(k.float(), cos, sin).to(BF16)
-    if fp8:
-        k, v = (t.to(torch.float8_e4m3fn).view(torch.uint8) for t in (k, v))
+    if k_cache.dtype != BF16:
+        k, v = (t.to(k_cache.dtype).view(torch.uint8) for t in (k, v))
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     k_cache[:, :, positions] = k
     v_cache[:, :, positions] = v
     return q
@@ -137,14 +137,14 @@ class Step:
     Args:
         positions: int64 [tokens], places of the tokens in the cache; every sequence alike.
         attention: from decoding.attention; `causal` it does not matter to the rest.
-        compiled: fuses rotary positions and the cache update with torch.compile.
+        fused: rotary positions and the cache update in one launch, by decoding.kernels.
     """
 
     weights: Weights
     cache: Cache
     positions: Tensor
     attention: Attention
-    compiled: bool
+    fused: bool
     left: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -152,9 +152,8 @@ class Step:
         count = self.cache.batch * self.positions.shape[0]
         self.tokens = torch.zeros(count, dtype=torch.int64, device=device)
         self.cos, self.sin = rotary(shape, self.positions)
-        self.store: Callable = split_and_store
-        if self.compiled:
-            self.store = torch.compile(split_and_store, fullgraph=True, dynamic=False)
+        kernels = own_kernels() if self.fused else None
+        self.store: Callable = kernels.split_and_store if kernels else split_and_store
 
     def run(self, parts: tuple[str, ...] = PARTS) -> None:
         """A pass; with some parts left out, those kernels alone, in their order."""
@@ -199,14 +198,10 @@ class Step:
         return ops.add_rms_norm_quantize(delta, h, weight, gather, eps=eps)
 
     def _heads(self, qkv: Tensor, layer: LayerWeights, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        fp8 = k_cache.dtype != BF16
-        if fp8:
-            k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-        q_norm, k_norm = layer.qk_norms or (None, None)
         shape = self.weights.shape
         return self.store(
-            *(qkv, self.cos, self.sin, q_norm, k_norm, k_cache, v_cache, self.positions),
-            *(shape.heads, shape.eps, fp8),
+            *(qkv, self.cos, self.sin, layer.qk_norms, k_cache, v_cache, self.positions),
+            *(shape.heads, shape.eps),
         )
 
     def _last(self, h: Tensor, delta: Tensor) -> Tensor:
