@@ -24,7 +24,9 @@ from spense_kernels.testing.op_inputs import (
 )
 
 GOOD = {
-    "hybrid_gemm": lambda: gemm_call(m=3, n=200, k=512, dense_width=[128, 256], bias=True, hint=True),
+    "hybrid_gemm": lambda: gemm_call(
+        m=3, n=200, k=512, dense_width=[128, 256], bias=True, hint=True
+    ),
     "quantize_fp8": lambda: quantize_call(m=4, k=200, dtype=torch.bfloat16, gather=True),
     "rms_norm_quantize": lambda: norm_call(m=4, k=200, dtype=torch.bfloat16),
     "add_rms_norm_quantize": lambda: norm_call(m=4, k=200, dtype=torch.bfloat16, add=True),
