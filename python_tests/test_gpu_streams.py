@@ -265,9 +265,7 @@ def test_hint_of_the_next_weight_changes_nothing(config, m):
     """Two weights of unlike shapes in turn, each naming the other as the next."""
     cases = exact_problem(), exact_problem(6000, 1040)
     inputs = [exact_x(m, case.packed.k) for case in cases]
-    wanted = [
-        case.exact(*rows, FLOAT32) for case, rows in zip(cases, inputs, strict=True)
-    ]
+    wanted = [case.exact(*rows, FLOAT32) for case, rows in zip(cases, inputs, strict=True)]
     for turn in range(4):
         case, other = cases[turn % 2], cases[(turn + 1) % 2].packed
         out = case.run(
