@@ -23,8 +23,9 @@ SCHEMAS = {
     # be serialised as an integer in AOTInductor packages, which then do not load; hence None.)
     "hybrid_gemm": (
         "(Tensor x, Tensor w_packed, Tensor w_tiles, Tensor x_scale, Tensor w_scale, "
-        "Tensor? bias=None, *, int n, int k, int layout=1, ScalarType? out_dtype=None, "
-        "bool fast_accum=True, str? config=None) -> Tensor"
+        "Tensor? bias=None, Tensor? next_w_packed=None, Tensor? next_w_tiles=None, *, int n, "
+        "int k, int layout=1, ScalarType? out_dtype=None, bool fast_accum=True, "
+        "str? config=None, int next_k=0) -> Tensor"
     ),
     # x8[m, p] = e4m3(x[m, gather[p]] / scale[m]), scale[m] = max(amax_k |x[m, k]|, 1e-12) / 448
     "quantize_fp8": "(Tensor x, Tensor? gather=None) -> (Tensor, Tensor)",
@@ -64,6 +65,8 @@ def hybrid_gemm(
     x_scale: Tensor,
     w_scale: Tensor,
     bias: Tensor | None = None,
+    next_w_packed: Tensor | None = None,
+    next_w_tiles: Tensor | None = None,
     *,
     n: int,
     k: int,
@@ -71,6 +74,7 @@ def hybrid_gemm(
     out_dtype: torch.dtype | None = None,
     fast_accum: bool = True,
     config: str | None = None,
+    next_k: int = 0,
 ) -> Tensor:
     """y[m, n] = sum_k(x[m, k] * w[n, k]) * x_scale[m] * w_scale[n] + bias[n].
 
@@ -87,6 +91,9 @@ def hybrid_gemm(
     out_dtype bfloat16 (None), float16 or float32
     fast_accum  on SM90 lets the tensor cores keep sums at their own precision; elsewhere no effect
     config    forces a configuration by name; None chooses. CPU: reference, portable, avx2, avx512
+    next_w_packed, next_w_tiles, next_k  a hint, w_packed, w_tiles and k of the hybrid_gemm that
+              follows with the same M: on SM90 the first bytes of that weight are brought into L2
+              while this GEMM ends. The weight must exist when this GEMM runs. No effect on y.
 
     Returns [M, n], contiguous, in out_dtype. Raises RuntimeError for a wrong dtype, shape, stride,
     device or layout, a tile table that does not fit, or a config this machine does not have; a
@@ -99,12 +106,15 @@ def hybrid_gemm(
         x_scale,
         w_scale,
         bias,
+        next_w_packed,
+        next_w_tiles,
         n=n,
         k=k,
         layout=layout,
         out_dtype=out_dtype,
         fast_accum=fast_accum,
         config=config,
+        next_k=next_k,
     )
 
 

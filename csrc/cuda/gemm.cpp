@@ -19,7 +19,8 @@ heuristics::GemmDesc describe(const GemmArgs& args, bool fast_accum, const Devic
 }
 
 #if SPENSE_BUILT_SM90
-std::optional<GemmPlan> plan_sm90(const heuristics::GemmDesc& desc, int device,
+std::optional<GemmPlan> plan_sm90(const heuristics::GemmDesc& desc,
+                                  const heuristics::GemmDesc& next, int device,
                                   const char* config) {
   const heuristics::MaxClusters& fit = sm90::max_clusters(device);
   const auto choice = config ? heuristics::find_choice(desc, fit, config)
@@ -31,6 +32,7 @@ std::optional<GemmPlan> plan_sm90(const heuristics::GemmDesc& desc, int device,
       heuristics::schedule(desc, *choice, heuristics::cluster_slots(desc, fit, *choice->config));
   plan.partial_bytes = heuristics::partial_bytes(*choice->config, plan.schedule);
   plan.counters = heuristics::counter_count(*choice->config, plan.schedule);
+  if (next.n > 0) plan.next = heuristics::next_launch(next, fit, *choice, plan.schedule);
   return plan;
 }
 #endif
@@ -67,7 +69,13 @@ std::optional<GemmPlan> plan_gemm(const GemmArgs& args, bool fast_accum, const c
   const DeviceInfo device = device_info();
   const heuristics::GemmDesc desc = describe(args, fast_accum, device);
 #if SPENSE_BUILT_SM90
-  if (device.arch == 90) return plan_sm90(desc, device.index, config);
+  if (device.arch == 90) {
+    heuristics::GemmDesc next = desc;
+    next.n = args.next.n;
+    next.k = args.next.k;
+    next.packed_bytes = args.next.w_bytes;
+    return plan_sm90(desc, next, device.index, config);
+  }
 #endif
 #if SPENSE_BUILT_SM100
   // Its sums are float32 always.
@@ -81,7 +89,7 @@ void run_gemm(const GemmPlan& plan, const GemmArgs& args, void* partials, uint32
               Stream stream) {
 #if SPENSE_BUILT_SM90
   if (const auto* choice = std::get_if<heuristics::GemmChoice>(&plan.choice)) {
-    return sm90::launch(*choice->config, plan.schedule, args, partials, counters, stream);
+    return sm90::launch(*choice, plan.schedule, args, plan.next, partials, counters, stream);
   }
 #endif
 #if SPENSE_BUILT_SM100

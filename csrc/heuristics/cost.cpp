@@ -28,11 +28,11 @@ constexpr size_t kInstances = 0
 static_assert(std::size(kCosts) == kInstances, "every instance has its costs");
 
 // Of the device, by the same fit: the rates that its limits seem to have in this formula.
-constexpr double kDramBytesPerUs = 3.568e6, kL2BytesPerUs = 11.56e6, kLaunchUs = 1.51;
-constexpr double kStreamLaunch = 1.304;  // a stream-K launch against another
-constexpr double kDenseUnit = 0.63;      // time of a dense unit against a sparse one
-constexpr double kExponent = 2.33;       // how the limits add up: 1 would be one after another
-constexpr double kL2Bytes = 40e6, kReread = 0.806;  // cut tiles read again what L2 does not hold
+constexpr double kDramBytesPerUs = 3.353e6, kL2BytesPerUs = 10.64e6, kLaunchUs = 1.45;
+constexpr double kStreamLaunch = 2.06;  // a stream-K launch against another
+constexpr double kDenseUnit = 0.797;    // time of a dense unit against a sparse one
+constexpr double kExponent = 2.91;      // how the limits add up: 1 would be one after another
+constexpr double kL2Bytes = 40e6, kReread = 0.432;  // cut tiles read again what L2 does not hold
 
 const Cost& cost(const GemmConfig& config) {
   return *std::find_if(std::begin(kCosts), std::end(kCosts),
@@ -55,7 +55,8 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
   const double w = static_cast<double>(desc.packed_bytes);
   const double x = static_cast<double>(desc.m * desc.k), y = static_cast<double>(desc.m * desc.n);
   double dram = (w + x + 2 * y) / kDramBytesPerUs;
-  const double x_reads = row_tiles * config.tokens * token_tiles * static_cast<double>(desc.k);
+  const double x_reads = std::ceil(row_tiles / config.row_tiles) * config.tokens * token_tiles *
+                         static_cast<double>(desc.k);
   const double l2 = (w * token_tiles + x_reads / config.cluster_rows) / kL2BytesPerUs;
   const double rounds = tiles / slots;
   double work = 0, launch = kLaunchUs;

@@ -91,7 +91,7 @@ int cluster_slots(const GemmDesc& desc, const MaxClusters& fit, const GemmConfig
 }
 
 ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slots) {
-  constexpr int kBand = 16, kSkew = 200;
+  constexpr int kBand = 16, kSkew = 100, kShortPiece = 16;
   const GemmConfig& config = *choice.config;
   ScheduleParams p;
   p.row_tiles = static_cast<int32_t>(desc.row_tiles());
@@ -116,7 +116,11 @@ ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slot
   if (config.tokens > 64) {  // bound by the tensor cores: whole tiles, and stream-K for the rest
     p.whole = tiles % p.clusters == 0 ? tiles : std::max(0, tiles / p.clusters - 1) * p.clusters;
   }
-  if (p.whole == 0) p.skew = kSkew;
+  if (config.tokens <= 64) {
+    p.skew = kSkew;
+    // Short pieces: as many for every tile, so that no CTA has to do with two.
+    if (tiles < slots && steps * tiles <= kShortPiece * slots) p.clusters = slots / tiles * tiles;
+  }
   if (p.whole < tiles) {
     // Every piece holds at least one step, also after both its cuts moved.
     const int64_t stream = p.whole == 0 ? int64_t{p.stream_blocks} * p.token_tiles
@@ -126,6 +130,29 @@ ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slot
     p.clusters = static_cast<int32_t>(std::clamp<int64_t>(fair / shortest, 1, p.clusters));
   }
   return p;
+}
+
+int w_window(const GemmChoice& choice) {
+  const GemmConfig& config = *choice.config;
+  if (config.tokens > 128) return 2;
+  if (choice.mode == Mode::kStream) return 3;
+  return std::min(config.w_stages, 6);
+}
+
+NextLaunch next_launch(const GemmDesc& next, const MaxClusters& fit, const GemmChoice& choice,
+                       const ScheduleParams& schedule) {
+  // Stream-K's CTAs end one after another: the first would take from the last.
+  NextLaunch result;
+  const GemmChoice after = choose(next, fit);
+  if (choice.mode != Mode::kWhole || group_tiles(*after.config) > 1) return result;
+  result.schedule = heuristics::schedule(next, after, cluster_slots(next, fit, *after.config));
+  result.splits = after.config->splits;
+  result.ctas = result.schedule.clusters * result.splits;
+  const int grid = schedule.clusters * cluster_size(*choice.config);
+  result.skip = std::max(0, result.ctas - grid);
+  result.early = std::max(0, next.multiprocessors - grid);
+  result.early_bytes = after.config->w_stages * kWStageBytes + kAheadBytes;
+  return result;
 }
 
 int64_t partial_bytes(const GemmConfig& config, const ScheduleParams& schedule) {

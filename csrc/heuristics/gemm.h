@@ -107,7 +107,7 @@ constexpr bool legal(const GemmConfig& c) {
   const int sums = c.row_tiles * c.tokens / 2 * (c.promote ? 2 : 1);
   const bool residency = c.residency == 1 || c.residency == 2;
   return tile && box && splits && rings && rows && residency && smem_bytes(c) <= smem_limit(c) &&
-         sums <= (c.residency == 1 ? 128 : 32) * (c.promote ? 2 : 1);
+         sums <= (c.residency == 1 ? 192 : 32) * (c.promote ? 2 : 1);
 }
 
 // Row tiles that a cluster works on side by side.
@@ -144,6 +144,24 @@ GemmChoice choose(const GemmDesc& desc, const MaxClusters& fit);
 // Clusters that may be under way at a time.
 int cluster_slots(const GemmDesc& desc, const MaxClusters& fit, const GemmConfig& config);
 ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slots);
+
+// Weight units of a ring that may be on their way at a time: enough to keep DRAM busy, not so many
+// that they queue up in front of what late CTAs and the activation warps ask for.
+int w_window(const GemmChoice& choice);
+
+// What a CTA brings into L2 with its ring full, and for the next launch at its end.
+inline constexpr int kAheadBytes = 64 * 1024, kNextBytes = 48 * 1024;
+
+// Where the CTAs of a launch begin, for the launch ahead of it, which brings that into L2.
+struct NextLaunch {
+  ScheduleParams schedule;       // of groups of one row tile
+  int32_t ctas = 0, splits = 1;  // none: nothing is known
+  int32_t skip = 0;              // first CTAs, which this launch is too small to help
+  int32_t early = 0;             // first CTAs, which start beside this launch,
+  int32_t early_bytes = 0;       // and what they have asked for when it ends
+};
+NextLaunch next_launch(const GemmDesc& next, const MaxClusters& fit, const GemmChoice& choice,
+                       const ScheduleParams& schedule);
 
 // Room that a launch needs for sums that are exchanged or put together, and its counters.
 int64_t partial_bytes(const GemmConfig& config, const ScheduleParams& schedule);

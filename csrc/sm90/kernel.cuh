@@ -67,6 +67,7 @@ __device__ __forceinline__ void load_weights(const Params& p, uint32_t smem, Job
   while (schedule.next(segment)) {
     loader.load(segment.group * kGroup + row * T::kRowTiles, segment, jobs);
   }
+  loader.finish();
   jobs.put(Job{-1});
 }
 

@@ -50,9 +50,11 @@ cuda::ByteMatrix x_matrix(const heuristics::GemmConfig& config, const GemmArgs& 
   return {args.x, args.m, args.k, args.x_stride, config.tokens / config.cluster_rows};
 }
 
-void launch(const heuristics::GemmConfig& config, const heuristics::ScheduleParams& schedule,
-            const GemmArgs& args, void* partials, uint32_t* counters, cuda::Stream stream) {
+void launch(const heuristics::GemmChoice& choice, const heuristics::ScheduleParams& schedule,
+            const GemmArgs& args, const heuristics::NextLaunch& next, void* partials,
+            uint32_t* counters, cuda::Stream stream) {
   constexpr int kWideStore = 16;
+  const heuristics::GemmConfig& config = *choice.config;
   Params p = {};
   p.x_map = cuda::tensor_map(x_matrix(config, args));
   p.w = args.w;
@@ -71,6 +73,12 @@ void launch(const heuristics::GemmConfig& config, const heuristics::SchedulePara
   p.wide_rows = args.n * bytes_of(args.out) % kWideStore == 0 &&
                 reinterpret_cast<uintptr_t>(args.y) % kWideStore == 0;
   p.schedule = schedule;
+  p.w_window = heuristics::w_window(choice);
+  p.ahead_bytes = heuristics::kAheadBytes;
+  if (next.ctas > 0) {
+    p.next = {args.next.w, reinterpret_cast<const int4*>(args.next.tiles), heuristics::kNextBytes,
+              next};
+  }
   p.staged = heuristics::staged(config) && p.wide_rows && args.out != OutType::kFloat32;
   if (p.staged) {
     const int64_t row_bytes = args.n * bytes_of(args.out);

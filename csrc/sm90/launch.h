@@ -14,7 +14,8 @@ cuda::ByteMatrix x_matrix(const heuristics::GemmConfig& config, const GemmArgs& 
 // Clusters of each config that the current device holds at a time; asked once a device.
 const heuristics::MaxClusters& max_clusters(int device);
 
-void launch(const heuristics::GemmConfig& config, const heuristics::ScheduleParams& schedule,
-            const GemmArgs& args, void* partials, uint32_t* counters, cuda::Stream stream);
+void launch(const heuristics::GemmChoice& choice, const heuristics::ScheduleParams& schedule,
+            const GemmArgs& args, const heuristics::NextLaunch& next, void* partials,
+            uint32_t* counters, cuda::Stream stream);
 
 }  // namespace spense::sm90

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "device/ptx.cuh"
+#include "device/tile_table.cuh"
 #include "sm90/traits.cuh"
 
 namespace spense::sm90 {
@@ -77,6 +78,8 @@ class JobRing {
 };
 
 // Fills the w rings of this CTA. It never waits for the kernel before: weights do not come from it.
+// No more than w_window units of a ring are on their way at a time, so that what other CTAs and the
+// activation warp ask for does not queue behind them.
 template <class T>
 class WeightLoader {
  public:
@@ -96,10 +99,9 @@ class WeightLoader {
     Tile tiles[T::kRowTiles];
 #pragma unroll
     for (int t = 0; t < T::kRowTiles; ++t) {
-      const int4 entry = __ldg(&p_.tiles[min(row_tile + t, p_.schedule.row_tiles - 1)]);
-      tiles[t].units = p_.w + static_cast<int64_t>(entry.x) * format::kBlockBytes;
-      tiles[t].sparse_units = entry.y;
-      job.sparse[t] = min(s.step_end, entry.y) - min(s.step_begin, entry.y);
+      tiles[t] = Tile(p_.w, p_.tiles, min(row_tile + t, p_.schedule.row_tiles - 1));
+      const int sparse = tiles[t].sparse_units;
+      job.sparse[t] = min(s.step_end, sparse) - min(s.step_begin, sparse);
     }
     jobs.put(job);
     for (int step = s.step_begin; step < s.step_end; ++step) {
@@ -116,11 +118,25 @@ class WeightLoader {
     }
   }
 
+  // After the last segment: begins with what the next launch will load first.
+  __device__ void finish() const {
+    const uint8_t* next = issued_ > T::kWSlots ? next_ : next_launch();
+    if (next == nullptr) return;
+    prefetch(next, p_.next.w + int64_t{p_.next.launch.schedule.stream_blocks} * format::kBlockBytes,
+             p_.next.bytes);
+  }
+
  private:
   struct Tile {
     const uint8_t* units;
     int sparse_units;
 
+    Tile() = default;
+    __device__ Tile(const uint8_t* w, const int4* tiles, int tile) {
+      const int4 entry = __ldg(&tiles[tile]);
+      units = w + static_cast<int64_t>(entry.x) * format::kBlockBytes;
+      sparse_units = entry.y;
+    }
     __device__ const uint8_t* unit(int step) const {
       const int64_t sparse = min(step, sparse_units), dense = 2 * (step - sparse);
       return units + sparse * kSparseUnitBytes + dense * kDenseUnitBytes;
@@ -130,7 +146,14 @@ class WeightLoader {
   __device__ void put(int tile, const uint8_t* unit, uint32_t bytes) {
     Cursor<T::kWStages>& at = at_[tile];
     const int slot = tile * T::kWStages + at.slot;
-    if (issued_++ == T::kWSlots) prefetch(unit);
+    if (issued_++ == T::kWSlots) look_ahead(unit);
+    if (on_the_way_[tile] == p_.w_window) {
+      Cursor<T::kWStages>& landed = landed_[tile];
+      ptx::barrier_wait(smem_ + T::kWFull + 8 * (tile * T::kWStages + landed.slot), landed.parity);
+      landed.advance();
+    } else {
+      ++on_the_way_[tile];
+    }
     ptx::barrier_wait(smem_ + T::kWEmpty + 8 * slot, at.parity ^ 1);
     __syncwarp();
     if (ptx::lane_id() == 0) {
@@ -141,13 +164,31 @@ class WeightLoader {
     at.advance();
   }
 
-  // With the rings full for the first time, brings some more into L2: there is nothing else to do
-  // until the kernel ahead is done.
-  __device__ void prefetch(const uint8_t* from) const {
-    constexpr int kBytes = 64 * 1024, kPiece = 16 * 1024;
-    const int64_t stream_bytes = int64_t{p_.schedule.stream_blocks} * format::kBlockBytes;
+  // With the rings full for the first time there is nothing else to do until the kernel ahead is
+  // done: brings some more into L2 and finds where the next launch will begin.
+  __device__ void look_ahead(const uint8_t* unit) {
+    prefetch(unit, p_.w + int64_t{p_.schedule.stream_blocks} * format::kBlockBytes, p_.ahead_bytes);
+    next_ = next_launch();
+  }
+  __device__ const uint8_t* next_launch() const {
+    const NextWeights& next = p_.next;
+    const heuristics::NextLaunch& launch = next.launch;
+    const int cta = static_cast<int>(blockIdx.x) + launch.skip;
+    if (next.w == nullptr || cta >= launch.ctas) return nullptr;
+    const device::DeviceTable table{next.tiles, launch.schedule.row_tiles,
+                                    launch.schedule.stream_blocks, 1};
+    heuristics::Schedule<device::DeviceTable, 1> schedule(
+        launch.schedule, table, cta / launch.splits, cta % launch.splits, launch.splits);
+    heuristics::Segment s;
+    if (!schedule.next(s)) return nullptr;
+    return Tile(next.w, next.tiles, s.group).unit(s.step_begin) +
+           (cta < launch.early ? launch.early_bytes : 0);
+  }
+
+  __device__ static void prefetch(const uint8_t* from, const uint8_t* end, int bytes) {
+    constexpr int kPiece = 16 * 1024;
     if (ptx::lane_id() != 0) return;
-    for (int i = 0; i < kBytes && from - p_.w + i + kPiece <= stream_bytes; i += kPiece) {
+    for (int i = 0; i < bytes && from + i + kPiece <= end; i += kPiece) {
       ptx::bulk_prefetch_l2(from + i, kPiece);
     }
   }
@@ -155,7 +196,10 @@ class WeightLoader {
   const Params& p_;
   uint32_t smem_;
   Cursor<T::kWStages> at_[T::kRowTiles];
-  int issued_ = 0;  // units
+  Cursor<T::kWStages> landed_[T::kRowTiles];  // the next unit to wait for
+  int on_the_way_[T::kRowTiles] = {};         // units asked for and not waited for
+  int issued_ = 0;                            // units of all rings
+  const uint8_t* next_ = nullptr;             // where the next launch begins
 };
 
 // Fetches this CTA's share of each block of x and hands it to the whole cluster.

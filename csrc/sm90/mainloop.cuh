@@ -68,7 +68,7 @@ class Multiplier {
  private:
   // Small tiles take a sparse unit at a time, so that waiting costs less; large ones half a unit,
   // so that a slot of x is held no longer than need be.
-  static constexpr bool kWholeUnits = T::kTokens <= 64;
+  static constexpr bool kWholeUnits = T::kTokens <= 64 && T::kPromote != 1;
 
   __device__ __forceinline__ static void clear(Sums sums) {
 #pragma unroll
@@ -176,7 +176,7 @@ class Multiplier {
     for (int i = 0; i < kInstructions; ++i) issue_parts(mma_sums, issue, i, i != 0 || inside_);
     ptx::mma_commit();
     inside_ = true;
-    if constexpr (T::kPromote != 0 && kEndsUnit) {
+    if constexpr (T::kPromote == 1 || (T::kPromote != 0 && kEndsUnit)) {
       if (++units_ == T::kPromote) {
         ptx::mma_wait<0>();
         release();

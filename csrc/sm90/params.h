@@ -8,9 +8,18 @@
 #include <cstdint>
 
 #include "core/types.h"
-#include "heuristics/schedule.h"
+#include "heuristics/gemm.h"
 
 namespace spense::sm90 {
+
+// What the next launch on the stream will load first: every CTA of this one brings the beginning of
+// a CTA's work there into L2 when its own loads are done.
+struct NextWeights {
+  const uint8_t* w;   // tile stream, or null
+  const int4* tiles;  // its w_tiles
+  int32_t bytes;      // for each CTA
+  heuristics::NextLaunch launch;
+};
 
 // Everything a launch needs.
 struct Params {
@@ -28,9 +37,12 @@ struct Params {
   uint64_t w_policy;     // L2 policy of the weights
   int32_t x_scale_step, m, n;
   OutType out;
-  bool wide_rows;  // rows of y begin at 16-byte boundaries
-  bool staged;     // y is written through shared memory and y_map
+  bool wide_rows;       // rows of y begin at 16-byte boundaries
+  bool staged;          // y is written through shared memory and y_map
+  int32_t w_window;     // units on their way at a time
+  int32_t ahead_bytes;  // that the weight warp brings into L2 when its ring is full
   heuristics::ScheduleParams schedule;
+  NextWeights next;
 };
 
 }  // namespace spense::sm90

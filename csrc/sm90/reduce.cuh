@@ -179,7 +179,8 @@ class Combiner {
   // Adds the partial sums of all clusters of the tile but `skip`, in the order of K. Up to 16 loads
   // of a thread are under way at a time.
   __device__ void add_all(const Job& job, int skip, Sums sums) const {
-    constexpr int kDeep = kVectors < 16 ? kVectors : 16, kWide = kDeep <= 4 ? 4 : 1;
+    constexpr int kMost = kVectors > 32 ? 4 : 16;
+    constexpr int kDeep = kVectors < kMost ? kVectors : kMost, kWide = kDeep <= 4 ? 4 : 1;
     for (int c = job.first; c <= job.last; c += kWide) {
 #pragma unroll
       for (int i = 0; i < kVectors; i += kDeep) {

@@ -147,6 +147,7 @@ def gemm_call(
     bias: bool = False,
     per_tensor: bool = False,
     out_dtype: torch.dtype = torch.bfloat16,
+    hint: bool = False,
 ) -> OpCall:
     w_packed, w_tiles = pack_call(n=n, k=k, dense_width=dense_width)()
     x, x_scale = ops.quantize_fp8(torch.randn(m, k))
@@ -158,4 +159,8 @@ def gemm_call(
         "w_scale": torch.rand(n),
         "bias": torch.randn(n) if bias else None,
     }
-    return OpCall("hybrid_gemm", args, {"n": n, "k": k, "layout": 1, "out_dtype": out_dtype})
+    kwargs = {"n": n, "k": k, "layout": 1, "out_dtype": out_dtype}
+    if hint:  # the same weight once more
+        args |= {"next_w_packed": w_packed.clone(), "next_w_tiles": w_tiles.clone()}
+        kwargs["next_k"] = k
+    return OpCall("hybrid_gemm", args, kwargs)
