@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from gemm import ceiling, report, targets
 from gemm.machine import clocks, machine, short_name
-from gemm.rivals import Spense
+from gemm.rivals import Spense, hinted
 from gemm.shapes import MODELS, TOKENS, Layer, is_model, parse_layers
 from gemm.timing import Recorder, rotation
 from gemm.workload import RIVALS, Workload
@@ -105,7 +105,7 @@ class Sweep:
             floor = ceiling.floor_us(layer, split, m, self.rate)
             calls.append(workload.calls(m))
             turns = {
-                name: rotation(of_rival, self.launches(floor, GRAPH_US))
+                name: self._in_turn(name, rotation(of_rival, self.launches(floor, GRAPH_US)))
                 for name, of_rival in calls[-1].items()
             }
             facts = {"n": layer.n, "k": layer.k, "packed_bytes": split.packed_bytes}
@@ -132,7 +132,9 @@ class Sweep:
         passes = max(1, self.launches(total["floor_us"], GRAPH_US))
         names = set.intersection(*(set(p["times"]) for p in points))
         chains = {
-            name: [c[name][i % len(c[name])] for i in range(passes) for c in calls]
+            name: self._in_turn(
+                name, [c[name][i % len(c[name])] for i in range(passes) for c in calls]
+            )
             for name in calls[0]
             if name in names
         }
@@ -145,6 +147,10 @@ class Sweep:
             | {"packed_bytes": sum(p["packed_bytes"] for p in points)}
             | {"times": self._measure(workloads, first["m"], chains, dict.fromkeys(chains, passes))}
         )
+
+    @staticmethod
+    def _in_turn(name: str, calls: list) -> list:
+        return hinted(calls) if name == "spense" else calls
 
     def _measure(
         self, workloads: list[Workload], m: int, calls: dict[str, list], passes: dict[str, int]

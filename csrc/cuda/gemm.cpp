@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/gemm.h"
 
+#include <map>
+#include <string>
+#include <tuple>
+
 #include "sm100/launch.h"
 #include "sm90/launch.h"
 
@@ -65,8 +69,10 @@ std::string gemm_configs(const DeviceInfo& device) {
   return "";
 }
 
-std::optional<GemmPlan> plan_gemm(const GemmArgs& args, bool fast_accum, const char* config) {
-  const DeviceInfo device = device_info();
+namespace {
+
+std::optional<GemmPlan> make_plan(const GemmArgs& args, bool fast_accum, const char* config,
+                                  const DeviceInfo& device) {
   const heuristics::GemmDesc desc = describe(args, fast_accum, device);
 #if SPENSE_BUILT_SM90
   if (device.arch == 90) {
@@ -83,6 +89,29 @@ std::optional<GemmPlan> plan_gemm(const GemmArgs& args, bool fast_accum, const c
 #endif
   static_cast<void>(desc), static_cast<void>(config);
   return std::nullopt;
+}
+
+}  // namespace
+
+// Estimating every config takes microseconds and models ask for the same few problems again and
+// again: each thread remembers its plans.
+std::optional<GemmPlan> plan_gemm(const GemmArgs& args, bool fast_accum, const char* config) {
+  using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
+                         std::string>;
+  constexpr size_t kMost = 4096;
+  thread_local std::map<Key, GemmPlan> known;
+  const DeviceInfo device = device_info();
+  const Key key{device.index, args.m,
+                args.n,       args.k,
+                args.w_bytes, args.next.n,
+                args.next.k,  args.next.w_bytes,
+                fast_accum,   config ? config : ""};
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  const auto plan = make_plan(args, fast_accum, config, device);
+  if (!plan) return plan;
+  if (known.size() >= kMost) known.clear();
+  known.emplace(key, *plan);
+  return plan;
 }
 
 void run_gemm(const GemmPlan& plan, const GemmArgs& args, void* partials, uint32_t* counters,
