@@ -140,6 +140,18 @@ def test_ours_and_dense_are_called_alike():
     assert ours.weight_bytes == ours.split.packed_bytes
 
 
+def test_ours_know_which_weight_comes_next():
+    weights = Weights(TINY, make("spense", 0.25), CPU)
+    in_turn = [linear for layer in weights.layers for linear in layer.linears.values()]
+    assert len(in_turn) == 4 * TINY.layers
+    for linear, following in zip(in_turn, in_turn[1:], strict=False):
+        assert linear.following[0] is following.stream
+        assert linear.following[2] == following.k
+    assert in_turn[-1].following is None
+    plain = Weights(TINY, make("spense", 0.25), CPU, hint=False)
+    assert plain.layers[0].linears["qkv"].following is None
+
+
 @pytest.fixture
 def report(tmp_path) -> Path:
     decode.main(
