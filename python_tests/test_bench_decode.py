@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import decode
@@ -144,7 +145,7 @@ def test_ours_know_which_weight_comes_next():
     weights = Weights(TINY, make("spense", 0.25), CPU)
     in_turn = [linear for layer in weights.layers for linear in layer.linears.values()]
     assert len(in_turn) == 4 * TINY.layers
-    for linear, following in zip(in_turn, in_turn[1:], strict=False):
+    for linear, following in pairwise(in_turn):
         assert linear.following[0] is following.stream
         assert linear.following[2] == following.k
     assert in_turn[-1].following is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ class Weights:
                 LayerWeights(linears, (norm(shape.hidden), norm(shape.hidden)), heads)
             )
         in_turn = [linear for layer in self.layers for linear in layer.linears.values()]
-        for linear, following in zip(in_turn, in_turn[1:], strict=False):
+        for linear, following in pairwise(in_turn):
             if hint and isinstance(linear, Spense):
                 linear.hint(following)
         self.final_norm = norm(shape.hidden)
