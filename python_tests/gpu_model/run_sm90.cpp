@@ -43,14 +43,15 @@ int main(int count, char** words) {
     const auto launch = [choice](model::Problem& problem, int multiprocessors) {
       const heuristics::GemmConfig& config = *choice.config;
       heuristics::GemmDesc desc;
-      GemmArgs args = problem.args();
-      desc.m = args.m, desc.n = args.n, desc.k = args.k;
-      desc.packed_bytes = args.w_bytes;
+      const GemmArgs shape = problem.args();
+      desc.m = shape.m, desc.n = shape.n, desc.k = shape.k;
+      desc.packed_bytes = shape.w_bytes;
       desc.multiprocessors = multiprocessors;
       const int slots = std::max(1, multiprocessors / heuristics::cluster_size(config));
       const auto schedule = heuristics::schedule(desc, choice, slots);
       model::machine().regions = problem.regions(heuristics::partial_bytes(config, schedule),
                                                  heuristics::counter_count(config, schedule));
+      GemmArgs args = problem.args();
       args.next = {args.n, args.k, args.w, args.w_bytes, args.tiles};  // the same once more
       const auto next = heuristics::next_launch(desc, {}, choice, schedule);
       sm90::launch(choice, schedule, args, next, problem.partials(), problem.counters(), nullptr);
