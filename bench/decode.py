@@ -52,6 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=0.15, help="replays of one step, or part, go on so long"
     )
+    parser.add_argument("--no-hint", action="store_true", help="no hint of the next weight, ours")
     parser.add_argument("--stop-after", type=float, help="seconds after which no point begins")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--merge", nargs="*", type=Path, default=[], help="older result files")
@@ -96,7 +97,7 @@ class Runner:
         start = time.perf_counter()
         try:
             make = factory(kind, d, self.device, rows, self.recorder)
-            weights = Weights(shape, make, self.device)
+            weights = Weights(shape, make, self.device, hint=not self.args.no_hint)
             self._synchronize()
             name = kind if d is None else f"{kind} {d:.1%}"
             seconds = time.perf_counter() - start
@@ -160,6 +161,7 @@ class Runner:
             "context": context,
             "cache": cache,
             "linear_gib": round(weights.linear_bytes / GIB, 3),
+            "hint": kind == "spense" and not self.args.no_hint,
             "clocks": self.clocks,
         }
         print(line(self.results.add(point), self.results.points), flush=True)

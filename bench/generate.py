@@ -160,8 +160,8 @@ def measure(model: nn.Module, batch: int, context: int, device: torch.device) ->
     vocabulary = model.config.vocab_size
     prompt = torch.randint(3, vocabulary, (batch, context), device=device)
     static = device.type == "cuda"
-    for _ in range(2):  # compiles, and captures
-        seconds_of(model, prompt, LONG, static)
+    # The first compiles, the second captures.
+    first, _ = (seconds_of(model, prompt, LONG, static) for _ in range(2))
     short, long = (
         min(seconds_of(model, prompt, count, static) for _ in range(3)) for count in (SHORT, LONG)
     )
@@ -170,6 +170,7 @@ def measure(model: nn.Module, batch: int, context: int, device: torch.device) ->
         "ms": round(ms, 4),
         "tokens_per_s": round(batch / ms * 1e3, 1),
         "prompt_and_overhead_s": round(short - SHORT * ms / 1e3, 4),
+        "first_call_s": round(first, 1),
     }
 
 
@@ -188,6 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(args.device)
     shape = MODELS[args.model]
     shape = replace(shape, layers=args.layers or shape.layers)
+    run = machine(device) | {"transformers": transformers.__version__}
     points: list[dict] = []
     for kind in sorted(args.kinds, key=KINDS.index):
         model = build(shape, kind, args.dense, device)
@@ -198,9 +200,12 @@ def main(arguments: list[str] | None = None) -> None:
             rival = [p for p in points if p["kind"] == "dense" and p["batch"] == batch]
             ratio = f"{rival[0]['ms'] / point['ms']:.3f}x" if rival else ""
             points.append(point)
+            if args.out:
+                write(args.out, run, points)
             print(
                 f"{shape.name} {kind:<7} batch {batch:>3}, context {args.context}: "
-                f"{point['ms']:8.3f} ms/token {point['tokens_per_s']:9.1f} tokens/s {ratio}",
+                f"{point['ms']:8.3f} ms/token {point['tokens_per_s']:9.1f} tokens/s {ratio} "
+                f"(first call {point['first_call_s']:.0f} s)",
                 flush=True,
             )
         del model
@@ -208,11 +213,12 @@ def main(arguments: list[str] | None = None) -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        rows = ",\n".join(json.dumps(point) for point in points)
-        run = json.dumps(machine(device) | {"transformers": transformers.__version__})
-        args.out.write_text(f'{{"run": {run},\n"points": [\n{rows}\n]}}\n')
+
+
+def write(path: Path, run: dict, points: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ",\n".join(json.dumps(point) for point in points)
+    path.write_text(f'{{"run": {json.dumps(run)},\n"points": [\n{rows}\n]}}\n')
 
 
 if __name__ == "__main__":

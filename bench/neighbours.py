@@ -112,7 +112,7 @@ def measure(op: Op, m: int, recorder: Recorder) -> dict:
     for name, some in calls.items():
         turns = -(-LAUNCHES // len(some))
         recordings[name] = recorder.record(some * turns, len(some) * turns)
-    times = recorder.measure(recordings, seconds=0.2)
+    times = recorder.measure(recordings, seconds=0.05)
     copy = min((times[ring]["us"] for ring in RINGS if ring in times), default=None)
     us = times["op"]["us"]
     return {
@@ -143,16 +143,21 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     recorder = Recorder(torch.device(args.device))
+    run = machine(recorder.device)
     points = []
     with torch.inference_mode():
         for op in OPS:
             for m in args.tokens:
                 points.append(measure(op, m, recorder))
                 print(line(points[-1]), flush=True)
-    if args.out:
-        rows = ",\n".join(json.dumps(point) for point in points)
-        run = json.dumps(machine(recorder.device))
-        args.out.write_text(f'{{"run": {run},\n"points": [\n{rows}\n]}}\n')
+            if args.out:
+                write(args.out, run, points)
+
+
+def write(path: Path, run: dict, points: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ",\n".join(json.dumps(point) for point in points)
+    path.write_text(f'{{"run": {json.dumps(run)},\n"points": [\n{rows}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ class FusedProjections(PackedLinear):
         """The weight of one part in the checkpoint form, as it was before it was stacked."""
         return self.hybrid_weight().unstack([split.n for split in self.splits])[index]
 
-    def __getstate__(self):
-        return {**self.__dict__, "_pending": None}
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_pending": None}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         pass
@@ -76,6 +76,10 @@ class FusedPart(SpenseLinear):
         self._index = index
         # Not a submodule: the group is one of the parent, all of its parts refer to it.
         self.__dict__["_group"] = group
+
+    @property
+    def gemm(self) -> FusedProjections:
+        return self._group
 
     @property
     def w_scale(self) -> Tensor:

@@ -41,7 +41,11 @@ class PackedLinear(nn.Module):
         w_packed uint8 [bytes], w_tiles int32 [tiles + 1, 4], k_gather int32 [in_features],
         w_scale float32 [out_features], bias float32 [out_features] or None: buffers. Casts such
         as `.half()` move them but never change their dtypes.
+        following: (the PackedLinear whose GEMM comes next,) or None; see prefetch.py.
     """
+
+    # In a tuple, so that it does not become a submodule.
+    following: tuple[PackedLinear] | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, device=None):
         super().__init__()
@@ -81,6 +85,7 @@ class PackedLinear(nn.Module):
             if rows.stride(1) != 1:
                 rows = rows.contiguous()
             x = QuantizedRows(*ops.quantize_fp8(rows, self.gather), tuple(x.shape), x.dtype)
+        following, following_k = self._hint()
         y = ops.hybrid_gemm(
             x.x8,
             self.w_packed,
@@ -88,11 +93,24 @@ class PackedLinear(nn.Module):
             x.x_scale,
             self.w_scale,
             self.bias,
+            *following,
             n=self.out_features,
             k=self.in_features,
             out_dtype=x.dtype,
+            next_k=following_k,
         )
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _hint(self) -> tuple[tuple[Tensor | None, Tensor | None], int]:
+        """next_w_packed and next_w_tiles, and next_k of `hybrid_gemm`."""
+        layer = None if self.following is None else self.following[0]
+        if layer is None or layer.split is None or layer.w_packed.device != self.w_packed.device:
+            return (None, None), 0
+        return (layer.w_packed, layer.w_tiles), layer.in_features
+
+    def __getstate__(self) -> dict:
+        # A copy of one layer must not bring those behind it along.
+        return {**self.__dict__, "following": None}
 
     @property
     def gather(self) -> Tensor | None:
@@ -178,6 +196,11 @@ class SpenseLinear(PackedLinear):
             pruned[:, columns] = block
         bias = None if linear.bias is None else linear.bias.detach()
         return cls.from_hybrid(HybridWeight.from_float(pruned, split, bias))
+
+    @property
+    def gemm(self) -> PackedLinear:
+        """The module that computes this layer: itself, or the group that it is fused into."""
+        return self
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
         """An nn.Linear with the same weight (zeros at pruned places) and bias in `dtype`."""

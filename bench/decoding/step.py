@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from decoding.attention import Attention, own_kernels
-from decoding.linears import BF16, Factory, Linear
+from decoding.linears import BF16, Factory, Linear, Spense
 from decoding.models import ModelShape
 from spense_kernels import ops
 
@@ -39,9 +40,9 @@ class LayerWeights:
 
 
 class Weights:
-    """A whole model of one kind of linear layers."""
+    """A whole model of one kind of linear layers; ours know which one comes next, with `hint`."""
 
-    def __init__(self, shape: ModelShape, make: Factory, device: torch.device):
+    def __init__(self, shape: ModelShape, make: Factory, device: torch.device, hint: bool = True):
         self.shape = shape
 
         def norm(*size: int) -> Tensor:
@@ -57,13 +58,15 @@ class Weights:
             self.layers.append(
                 LayerWeights(linears, (norm(shape.hidden), norm(shape.hidden)), heads)
             )
+        in_turn = [linear for layer in self.layers for linear in layer.linears.values()]
+        for linear, following in pairwise(in_turn):
+            if hint and isinstance(linear, Spense):
+                linear.hint(following)
         self.final_norm = norm(shape.hidden)
         self.table = torch.randn(shape.vocabulary, shape.hidden, dtype=BF16, device=device)
         self.head = torch.randn(shape.vocabulary, shape.hidden, dtype=BF16, device=device)
         self.head *= shape.hidden**-0.5
-        self.linear_bytes = sum(
-            linear.weight_bytes for layer in self.layers for linear in layer.linears.values()
-        )
+        self.linear_bytes = sum(linear.weight_bytes for linear in in_turn)
 
 
 class Cache:
