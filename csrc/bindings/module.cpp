@@ -7,5 +7,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Host facts of the kernels: layouts, sizes, configurations. For tests and tools.";
   spense::bindings::add_cpu(m);
   spense::bindings::add_format(m);
+  spense::bindings::add_sm90(m);
   spense::bindings::add_sm100(m);
 }
