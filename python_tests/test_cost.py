@@ -2,6 +2,7 @@
 """The cost model without a GPU: against the committed measurements, and as a budget."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -32,20 +33,20 @@ def measured():
 
 
 def test_the_estimate_is_near_what_was_measured():
-    """Decode on an H100, layers in a chain: the model's fit left up to 12 % on a layer."""
+    """Decode at 25 % dense on an H100: estimates are 4.5 % below to 9.2 % above."""
     off = {}
     for p in measured():
         us = gemm_us(p["m"], p["n"], p["k"], p["packed_bytes"])
         off[p["layer"], p["m"]] = us / p["times"]["spense"]["us"] - 1
     assert len(off) >= 40
-    assert max(map(abs, off.values())) < 0.15, off
+    assert max(map(abs, off.values())) < 0.12, off
     assert abs(sum(off.values()) / len(off)) < 0.04
 
 
 @pytest.mark.parametrize("batch", [1, 16, 64, 300, 4096])
 def test_more_dense_columns_are_never_faster(batch):
     times = [uniform(LAYER, i / 40, batch).us for i in range(41)]
-    assert all(b >= a * (1 - 1e-12) for a, b in zip(times, times[1:], strict=False))
+    assert all(b >= a * (1 - 1e-12) for a, b in pairwise(times))
     assert times[-1] > 1.1 * times[0]
 
 

@@ -130,6 +130,15 @@ def fraction_for_speedup(groups: Groups, speedup: float, batch: int = DECODE_BAT
     return replace(found, dense_fraction=share)
 
 
+def available() -> bool:
+    """Whether the host module with the estimate is there; it is part of every build."""
+    try:
+        from spense_kernels import _C  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 @cache
 def gemm_us(m: int, n: int, k: int, packed_bytes: int) -> float:
     """Microseconds of one hybrid_gemm of m tokens on an H100, by estimate.
