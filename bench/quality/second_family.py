@@ -2,6 +2,7 @@
 """A second model family: train a small Llama or Qwen3 on the prose, prune it, measure R.
 
     python bench/quality/second_family.py --device cuda                    # about 3 minutes, H100
+    python bench/quality/second_family.py --device cpu --small             # a quarter of an hour
     python bench/quality/second_family.py --device cpu --tiny              # about a minute, 2 cores
 
 Nothing in the pruner was tuned on this model. It learns the calibration side of the prose
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from spense_kernels import evaluate
 from spense_kernels.prune import PruneConfig
+from spense_kernels.prune.store import write_atomic
 
 FRACTIONS = (0.0, 0.125, 0.25, 0.5)
 HELD_OUT = 16  # windows of each pool that training does not see
@@ -36,19 +38,24 @@ class Size:
     """What is trained: shapes of the model, vocabulary, text and steps."""
 
     hidden: int = 512
-    layers: int = 10
+    layers: int = 8
     intermediate: int = 1536
     heads: int = 8
     kv_heads: int = 4
-    vocabulary: int = 8192
+    vocabulary: int = 4096
     length: int = 512
-    epochs: int = 10
+    epochs: int = 6
     batch: int = 32
     lr: float = 1.2e-3
     calibration: int = 128
     test: int = 64
 
 
+# For a CPU.
+SMALL = Size(
+    hidden=192, layers=4, intermediate=512, heads=4, kv_heads=2, vocabulary=1024, length=256,
+    epochs=2, batch=16, lr=3e-3, calibration=64, test=32,
+)  # fmt: skip
 # Nearly bytes: what little text there is then teaches most.
 TINY = Size(
     hidden=96, layers=2, intermediate=256, heads=4, kv_heads=2, vocabulary=300, length=128,
@@ -96,20 +103,38 @@ def make_model(family: str, size: Size, vocabulary: int, seed: int):
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
-def windows_by_part(options, size: Size):
-    """(tokenizer, pools, {"test", "outside"}): prose, or Python's documentation when tiny."""
-    if not options.tiny:
-        folder = options.cache / "packages"
-        texts = training_texts(fetch(folder))
-        tokenizer = make_tokenizer(texts, size.vocabulary)
-        prose = load_prose(tokenizer, folder, size.calibration, size.test, length=size.length)
-        return tokenizer, prose.pools, {"test": prose.test, "outside": prose.outside}
-    docs = evaluate.python_docs()
-    tokenizer = make_tokenizer(list(docs.calibration), size.vocabulary)
-    halves = [evaluate.windows(tokenizer, docs.calibration[i::2], size.length) for i in range(2)]
-    test = evaluate.windows(tokenizer, docs.test, size.length)
-    parts = {"test": test[: size.test], "outside": test[size.test : size.test + 16]}
-    return tokenizer, dict(zip(("faq", "book"), halves, strict=True)), parts
+@dataclass
+class Text:
+    """Token windows int64 [S, L] and how many tokens there are.
+
+    Attributes:
+        pools: "faq" and "book", the calibration side.
+        parts: "test" and "outside".
+    """
+
+    vocabulary: int
+    pools: dict[str, Tensor]
+    parts: dict[str, Tensor]
+
+
+def read_text(options, size: Size) -> Text:
+    """The prose, or Python's documentation when tiny. What the prose gave stays in the cache."""
+    if options.tiny:
+        docs = evaluate.python_docs()
+        tokenizer = make_tokenizer(list(docs.calibration), size.vocabulary)
+        halves = [evaluate.windows(tokenizer, docs.calibration[i::2], size.length) for i in (0, 1)]
+        test = evaluate.windows(tokenizer, docs.test, size.length)
+        parts = {"test": test[: size.test], "outside": test[size.test : size.test + 16]}
+        return Text(len(tokenizer), dict(zip(("faq", "book"), halves, strict=True)), parts)
+    path = options.cache / f"second_{size.vocabulary}_{size.length}_{size.test}.pt"
+    if path.exists():
+        return Text(**torch.load(path, weights_only=True))
+    folder = options.cache / "packages"
+    tokenizer = make_tokenizer(training_texts(fetch(folder)), size.vocabulary)
+    prose = load_prose(tokenizer, folder, size.calibration, size.test, length=size.length)
+    text = Text(len(tokenizer), prose.pools, {"test": prose.test, "outside": prose.outside})
+    write_atomic(path, lambda file: torch.save(vars(text), file))
+    return text
 
 
 def cut(pools: dict[str, Tensor], offset: int) -> Tensor:
@@ -226,7 +251,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path(".cache/quality"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--family", choices=("llama", "qwen3"), default="llama")
+    parser.add_argument("--small", action="store_true", help="a size for the CPU")
     parser.add_argument("--tiny", action="store_true", help="to try the script; no download")
+    parser.add_argument(
+        "--text-only", action="store_true", help="fill the cache, for a machine without network"
+    )
     parser.add_argument("--epochs", type=int, default=None, help="passes over the text")
     parser.add_argument("--max-steps", type=int, default=None, help="stop training there")
     parser.add_argument("--admm-steps", type=int, default=None)
@@ -236,12 +265,14 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    base = TINY if options.tiny else Size()
+    base = TINY if options.tiny else SMALL if options.small else Size()
     size = Size(**{**asdict(base), "epochs": options.epochs or base.epochs})
-    tokenizer, pools, parts = windows_by_part(options, size)
-    held = torch.cat([pool[-HELD_OUT:] for pool in pools.values()])
-    pools = {name: pool[:-HELD_OUT] for name, pool in pools.items()}
-    model = make_model(options.family, size, len(tokenizer), options.seed)
+    text = read_text(options, size)
+    if options.text_only:
+        return
+    held = torch.cat([pool[-HELD_OUT:] for pool in text.pools.values()])
+    pools = {name: pool[:-HELD_OUT] for name, pool in text.pools.items()}
+    model = make_model(options.family, size, text.vocabulary, options.seed)
     count = sum(p.numel() for p in model.parameters())
     seen = sum(pool[:, 1:].numel() for pool in pools.values())
     print(f"{options.family}, {count / 1e6:.1f} M parameters, {seen:,} tokens of text", flush=True)
@@ -254,15 +285,15 @@ def main() -> None:
         "size": asdict(size),
         "seed": options.seed,
         "calibration_seed": CALIBRATION_SEED,
-        "test_windows": len(parts["test"]),
+        "test_windows": len(text.parts["test"]),
         "window_tokens": size.length,
     }
     results = {"setup": setup, "training": trained, "machine": machine(options.device)}
     results |= {"commit": commit(), "rows": {}}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     session = Session(
-        model, torch.arange(len(tokenizer)), pools, {**parts, "validation": held}, options.device,
-        options.out, size.calibration, results,
+        model, torch.arange(text.vocabulary), pools, {**text.parts, "validation": held},
+        options.device, options.out, size.calibration, results,
     )  # fmt: skip
     session.ends()
     for name, config in plan(options).items():

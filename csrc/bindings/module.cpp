@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // spense_kernels._C: what kernels assume, as plain functions that tests and tools can call without
-// a GPU. Nothing at run time imports it.
+// a GPU. No forward pass imports it.
 #include "bindings/module.h"
 
 PYBIND11_MODULE(_C, m) {

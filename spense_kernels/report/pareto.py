@@ -110,7 +110,7 @@ def measure(
         "rows": rows,
         "layers": layer_records(chosen.model, errors),
         "columns": dense_columns(chosen.model, groups),
-        "sensitivity": predicted_losses(model, calibration, statistics, config, device),
+        "sensitivity": predicted_losses(model, calibration, statistics, config, device, progress),
     }
     return found, chosen
 

@@ -36,9 +36,10 @@ def write_png(found: dict, path: Path) -> None:
 def _draw_pareto(axes, rows: list[dict], what: str, label: str) -> None:
     points = [row for row in rows if "speed" in row and row[what] is not None]
     speeds = [row["speed"]["tokens_per_s"] for row in points]
+    # Perplexity's error is that of the text, the same for all points; R's is paired.
+    errors = [row["r_stderr"] or 0.0 for row in points] if what == "r" else None
     axes.errorbar(
-        speeds, [row[what] for row in points],
-        yerr=[row[f"{what}_stderr"] or 0.0 for row in points],
+        speeds, [row[what] for row in points], yerr=errors,
         fmt="o-", color=LINE, ecolor=GRID, capsize=3,
     )  # fmt: skip
     for row, speed in zip(points, speeds, strict=True):

@@ -8,6 +8,7 @@ from torch import nn
 from spense_kernels.prune import PruneConfig, Statistics
 from spense_kernels.prune.groups import decoder_layers, model_groups
 from spense_kernels.prune.plan import Curvature, layer_curves, shards_of
+from spense_kernels.prune.statistics import Quiet
 from spense_kernels.prune.widths import width_list
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
@@ -24,6 +25,7 @@ def predicted_losses(
     statistics: Statistics | None,
     config: PruneConfig,
     device,
+    progress=None,
 ) -> list[dict]:
     """Nats a token that each projection alone is expected to add, to second order.
 
@@ -41,6 +43,8 @@ def predicted_losses(
     curvature = Curvature(statistics.gradients, calibration.numel(), config)
     # The loss behind the gradients took every stride-th position.
     scale = 0.5 * config.sensitivity_stride
+    progress = progress or Quiet()
+    progress.start("expected losses", len(layers))
     found = []
     for index, layer in enumerate(layers):
         groups, full = statistics.layers[index].groups, f"{prefix}.{index}."
@@ -53,4 +57,6 @@ def predicted_losses(
                 weight = statistics.gradients.sensitivity[full + name].double()
                 nats = scale * (curves[name] * weight).sum(dim=1)
                 found.append({"name": full + name, "shares": shares, "nats": nats.tolist()})
+        progress.advance()
+    progress.finish()
     return found
