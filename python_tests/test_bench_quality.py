@@ -112,16 +112,62 @@ def test_rows_of_the_baselines_cover_what_they_compare():
     assert {c.score for c in baselines.ROWS.values()} >= {"random", "magnitude", "wanda"}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_second_family_learns_prunes_and_measures(family, tmp_path, monkeypatch, capsys):
+def entry(fraction, nll, r, fp8=True, **more):
+    part = {"nll": nll, "ppl": math.exp(nll), "r": r, "r_stderr": 0.01}
+    return {
+        "dense_fraction": fraction,
+        "config": {"fp8": fp8},
+        "test": part,
+        "outside": part,
+        **more,
+    }
+
+
+def test_tables_come_from_the_result_files(tmp_path):
+    comparisons = importlib.import_module("comparisons")
+    assert set(comparisons.parts(tmp_path).values()) == {comparisons.MISSING}
+    rows = {
+        "dense": entry(None, 3.0, 1.0, fp8=False),
+        "ours 25 %": entry(0.25, 3.2, 0.7),
+        "6:8": entry(None, 3.1, 0.9, fp8=False, bytes_a_weight={"tight": 0.828, "wide": 0.9375}),
+    }
+    setup = {"model": "m", "calibration_windows": 8, "test_windows": 4}
+    result = {"setup": setup, "machine": {"device": "cpu"}, "rows": rows}
+    (tmp_path / "quality_baselines.json").write_text(json.dumps(result))
+    found = comparisons.parts(tmp_path)
+    assert found["second"] == comparisons.MISSING
+    assert "| ours 25 % | 0.719 | W, A | 24.53 | +0.2000 | 0.700 ± 0.010 | 0.700 |" in (
+        found["baselines"].splitlines()
+    )
+    assert "| 6:8 | 0.828 or 0.938 |  |" in found["baselines"]
+    assert "| dense | 2 (bf16) |" in found["baselines"]
+
+
+def test_the_page_is_what_the_results_say():
+    document = importlib.import_module("document")
+    page = document.PAGE.read_text(encoding="utf-8")
+    assert document.render(page) == page
+    marker = "<!-- baselines -->\n"
+    assert document.render(page.replace(marker, marker + "by hand\n")) == page
+
+
+def test_both_families_are_made():
+    second = importlib.import_module("second_family")
+    for family, norms in (("llama", False), ("qwen3", True)):
+        model = second.make_model(family, second.TINY, 300, 0)
+        assert model(torch.zeros(1, 4, dtype=torch.int64)).logits.shape == (1, 4, 300)
+        assert hasattr(model.model.layers[0].self_attn, "q_norm") is norms
+
+
+def test_second_family_learns_prunes_and_measures(tmp_path, monkeypatch):
     second = importlib.import_module("second_family")
     out = tmp_path / "second.json"
     small = {"hidden": 64, "intermediate": 160, "layers": 1, "heads": 2, "kv_heads": 1}
     small |= {"length": 64, "calibration": 8, "test": 6}
     monkeypatch.setattr(second, "TINY", second.Size(**{**vars(second.TINY), **small}))
-    words = ["--tiny", "--device", "cpu", "--max-steps", "60", "--admm-steps", "0"]
-    monkeypatch.setattr(sys, "argv", ["second_family", *words, "--family", family, "--out", out])
-    monkeypatch.setattr(sys, "argv", [str(word) for word in sys.argv])
+    words = ["--tiny", "--device", "cpu", "--max-steps", "50", "--admm-steps", "0"]
+    monkeypatch.setattr(second, "FRACTIONS", (0.0, 0.25))
+    monkeypatch.setattr(sys, "argv", ["second_family", *words, "--out", str(out)])
     second.main()
     result = json.loads(out.read_text())
     held = result["training"]["held_out_nll"]
@@ -138,6 +184,9 @@ def test_second_family_learns_prunes_and_measures(family, tmp_path, monkeypatch,
             assert abs(row["dense_fraction"] - d) <= 0.126
             assert row["config"]["fp8"]
     assert rows["dense fp8"]["dense_fraction"] == 1.0
+    table = importlib.import_module("comparisons").second(result)
+    assert len([line for line in table.splitlines() if line.startswith("| ours ")]) == 2
+    assert f"{result['training']['text_tokens']:,} tokens" in table
     spent = [rows[f"ours {d:.1%}"]["mean_relative_error"] for d in second.FRACTIONS]
     assert spent[0] > spent[-1]
 
