@@ -210,6 +210,23 @@ def test_hessians_that_do_not_fit_are_streamed(monkeypatch):
     assert "No predicted losses" in text
 
 
+def test_a_gpu_prunes_as_many_layers_together_as_fit(monkeypatch):
+    from spense_kernels.prune import Statistics
+    from spense_kernels.prune.statistics import LayerStatistics
+    from spense_kernels.report.pareto import layers_at_once
+
+    layers = [LayerStatistics([], {"q": torch.zeros(256, 256)}) for _ in range(6)]
+    statistics = Statistics(layers, "norm")
+    free = {"bytes": 8 * 4 * 256**2 * 4}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free["bytes"], 0))
+    assert layers_at_once(statistics, "cuda") == 4
+    free["bytes"] = 1 << 40
+    assert layers_at_once(statistics, "cuda:0") == 6
+    free["bytes"] = 0
+    assert layers_at_once(statistics, "cuda") == 1
+    assert layers_at_once(statistics, "cpu") == layers_at_once(None, "cuda") == 1
+
+
 # --- --target-speedup ---
 
 

@@ -56,7 +56,7 @@ def run(
     text = {"name": name, "windows": list(calibration.shape)}
     if out is not None:
         save_checkpoint(
-            chosen.model, out, tokenizer=loaded.tokenizer,
+            chosen.model.to("cpu"), out, tokenizer=loaded.tokenizer,
             provenance=provenance(chosen.report, loaded.source, text), overwrite=force,
         )  # fmt: skip
     result = result_of(loaded, chosen.model, chosen.report, out, text)

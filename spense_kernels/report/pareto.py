@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from spense_kernels import evaluate
@@ -135,6 +136,7 @@ class _Run:
         report = prune_model(
             pruned, self.calibration, config, statistics=statistics, progress=self.progress,
             work_dir=work_dir, device=self.device,
+            layers_at_once=layers_at_once(statistics, self.device),
         )  # fmt: skip
         return pruned, report
 
@@ -165,6 +167,16 @@ def add_recovery(rows: list[dict]) -> None:
             mean = math.fsum(spread) / len(spread)
             variance = math.fsum((x - mean) ** 2 for x in spread) / (len(spread) - 1)
             row["r_stderr"] = math.sqrt(variance / len(spread))
+
+
+def layers_at_once(statistics: Statistics | None, device) -> int:
+    """How many layers to prune together: one on the CPU; on a GPU as many as surely fit."""
+    if statistics is None or torch.device(device).type != "cuda":
+        return 1
+    layers = len(statistics.layers)
+    free, _ = torch.cuda.mem_get_info(device)
+    # A layer's Hessians are copied about six times, and its weights are small beside them.
+    return max(1, min(layers, int(free / 8 / max(1, statistics.bytes / layers))))
 
 
 def _memory() -> int:
