@@ -2,6 +2,7 @@
 """hybrid_gemm against what a user could pick instead: tokens x layers x dense fraction, on a GPU.
 
     python bench/gemm_sweep.py                                   # both models, 25 % dense
+    python bench/gemm_sweep.py --dense 0.25,0,1,0.125,0.5 --budget-s 240
     python bench/gemm_sweep.py --m 1,16 --layers qwen3-32b.o 7168x2048 --dense 0,0.25
     python bench/gemm_sweep.py --m 2048,8192 --merge bench/results/gemm_h100.json
     python bench/gemm_sweep.py --configs all --m 1,2,3,8 --json configs.json   # every configuration
@@ -14,6 +15,7 @@ data. A model's line is its four layers back to back in one graph. bench/README.
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from pathlib import Path
 
@@ -30,8 +32,9 @@ from spense_kernels.testing.configs import gemm_configs
 RESULTS = Path(__file__).resolve().parent / "results"
 GRAPH_US = 800  # a recording lasts at least about so long
 CONFIG_GRAPH_US = 250
+MOST_TOKEN_TILES, FAR_BEHIND = 16, 1.8  # of a configuration that may be the fastest
 MAX_LAUNCHES = 256  # of a recording
-SETUP_SECONDS = 0.8  # of one point, by experience: recording, cuSPARSELt's search
+SETUP_SECONDS = 0.15  # of one point: recording, cuSPARSELt's search
 
 
 class Sweep:
@@ -41,7 +44,7 @@ class Sweep:
         self.args = args
         self.device = torch.device(args.device)
         self.recorder = Recorder(self.device)
-        run = machine(self.device, args.commit)
+        self.run = run = machine(self.device, args.commit)
         if self.device.type == "cuda":
             run["read_bytes_per_second"] = ceiling.read_rate(self.recorder)
         name = run["device"]["name"]
@@ -61,7 +64,7 @@ class Sweep:
         return min(round(us / floor_us), MAX_LAUNCHES) if self.device.type == "cuda" else 1
 
     def out_of_time(self) -> bool:
-        return time.perf_counter() - self.start > self.args.limit
+        return time.perf_counter() - self.start > self.args.budget_s
 
     def estimate(self, groups: list[tuple[Layer, ...]]) -> float:
         points = sum(len(layers) + is_model(layers) for layers in groups)
@@ -71,21 +74,28 @@ class Sweep:
 
     def rivals(self, groups: list[tuple[Layer, ...]]) -> None:
         print(f"about {self.estimate(groups):.0f} s\n{report.HEADER}", flush=True)
-        done = []
-        for layers in groups:
-            workloads = [Workload(x, self.recorder, self.args.only) for x in layers]
-            for d in self.args.dense:
-                for workload in workloads:
-                    workload.set_dense(d)
-                for m in self.args.m:
+        done, left = [], 0
+        workloads = [[self._workload(layer) for layer in layers] for layers in groups]
+        self.run["missing"] = {w.layer.label: w.missing for of in workloads for w in of}
+        for d in self.args.dense:
+            for workload in (w for of_group in workloads for w in of_group):
+                workload.set_dense(d)
+            for m in self.args.m:
+                for layers, of_group in zip(groups, workloads, strict=True):
                     if self.out_of_time():
-                        print(f"--limit: left out {layers[0].group or layers[0].name} {d} {m}")
+                        left += 1
                         continue
-                    done += self._point(layers, workloads, d, m)
+                    done += self._point(layers, of_group, d, m)
                     self.results.write(self.file)
-        self.results.runs[self.results.run]["clocks_end"] = clocks(self.device)
+        if left:
+            print(f"--budget-s: left out {left} of the last points")
+        self.run["clocks_end"] = clocks(self.device)
+        self.run["missing"] = {name: why for name, why in self.run["missing"].items() if why}
         self.results.write(self.file)
         print(f"\nspeed-up over cuBLASLt FP8\n{report.summary(done)}\n\n{targets.verdict(done)}")
+
+    def _workload(self, layer: Layer) -> Workload:
+        return Workload(layer, self.recorder, self.args.only, self.args.every_rival)
 
     def _point(self, layers, workloads: list[Workload], d: float, m: int) -> list[dict]:
         """One line for each layer, and for a whole model one of its layers back to back."""
@@ -104,19 +114,23 @@ class Sweep:
                 | {"dense_fraction": split.dense_fraction, "floor_us": round(floor, 3)}
                 | {"flops": 2 * m * layer.n * layer.k, "bytes": ceiling.bytes_moved(split, m)}
                 | facts
-                | {"times": self._measure(turns, {name: len(c) for name, c in turns.items()})}
+                | {
+                    "times": self._measure(
+                        [workload], m, turns, {n: len(c) for n, c in turns.items()}
+                    )
+                }
             )
             self._report(points[-1])
         if is_model(layers):
-            points.append(self._model(points, calls))
+            points.append(self._model(workloads, points, calls))
             self._report(points[-1])
         return points
 
-    def _model(self, points: list[dict], calls: list[dict]) -> dict:
+    def _model(self, workloads: list[Workload], points: list[dict], calls: list[dict]) -> dict:
         first = points[0]
         total = {key: sum(p[key] for p in points) for key in ("floor_us", "flops", "bytes")}
         passes = max(1, self.launches(total["floor_us"], GRAPH_US))
-        names = set.intersection(*(set(c) for c in calls))
+        names = set.intersection(*(set(p["times"]) for p in points))
         chains = {
             name: [c[name][i % len(c[name])] for i in range(passes) for c in calls]
             for name in calls[0]
@@ -129,13 +143,21 @@ class Sweep:
             | {"dense": first["dense"], "dense_fraction": dense}
             | total
             | {"packed_bytes": sum(p["packed_bytes"] for p in points)}
-            | {"times": self._measure(chains, dict.fromkeys(chains, passes))}
+            | {"times": self._measure(workloads, first["m"], chains, dict.fromkeys(chains, passes))}
         )
 
-    def _measure(self, calls: dict[str, list], passes: dict[str, int]) -> dict[str, dict]:
-        recordings = {
-            name: self.recorder.record(turn, passes[name]) for name, turn in calls.items()
-        }
+    def _measure(
+        self, workloads: list[Workload], m: int, calls: dict[str, list], passes: dict[str, int]
+    ) -> dict[str, dict]:
+        recordings = {}
+        for name, turn in calls.items():
+            try:
+                recordings[name] = self.recorder.record(turn, passes[name])
+            except RuntimeError as problem:
+                if name == "spense":
+                    raise
+                for workload in workloads:
+                    workload.give_up(name, m, problem)
         return self.recorder.measure(recordings, self.args.seconds)
 
     def _report(self, point: dict) -> None:
@@ -162,8 +184,7 @@ class Sweep:
         layer = spense.layer
         floor = ceiling.floor_us(layer, spense.split, m, self.rate)
         recordings = {}
-        for name in ("auto", *names):
-            calls = spense.calls(m, None if name == "auto" else name)
+        for name, calls in self._contenders(spense, m, names).items():
             turn = rotation(calls, self.launches(floor, CONFIG_GRAPH_US))
             try:
                 recordings[name] = self.recorder.record(turn, len(turn))
@@ -177,6 +198,28 @@ class Sweep:
         text, regret = report.regret_line(layer.label, m, d, times)
         print(text, flush=True)
         return regret
+
+    def _contenders(self, spense: Spense, m: int, names: list[str]) -> dict[str, list]:
+        """The op's choice and every configuration but those that are far behind at once."""
+        names = [name for name in names if m <= MOST_TOKEN_TILES * (token_tile(name) or m)]
+        found = {"auto": spense.calls(m)} | {name: spense.calls(m, name) for name in names}
+        if self.device.type == "cpu":
+            return found
+        for calls in found.values():
+            calls[0]()
+        times = self.recorder.quick([calls[:1] for calls in found.values()])
+        least = min(times)
+        return {
+            name: calls
+            for (name, calls), us in zip(found.items(), times, strict=True)
+            if name == "auto" or us < FAR_BEHIND * least
+        }
+
+
+def token_tile(name: str) -> int | None:
+    """128 of t128x128_c1k1_s5x6_o1:whole; None for a name of another kind."""
+    match = re.match(r"t\d+x(\d+)_", name)
+    return int(match[1]) if match else None
 
 
 def numbers(kind: type):
@@ -193,8 +236,9 @@ def main() -> None:
     add("--dense", type=numbers(float), default=[0.25], help="dense fractions, as 0,0.25,1")
     add("--only", type=numbers(str), default=list(RIVALS), help="rivals, as spense,cublas_tensor")
     add("--configs", type=numbers(str), help="time configurations instead: all, or their names")
-    add("--seconds", type=float, default=0.35, help="replays of one line last about so long")
-    add("--limit", type=float, default=560, help="start no new line after so many seconds")
+    add("--seconds", type=float, default=0.08, help="replays of one line last about so long")
+    add("--budget-s", type=float, default=560, help="start no new line after so many seconds")
+    add("--every-rival", action="store_true", help="all rivals at every dense fraction")
     add("--merge", type=Path, nargs="+", default=[], help="result files to start from")
     add("--json", type=Path, help="where to write; by default bench/results/gemm_<device>.json")
     add("--commit", help="what was built, where git cannot tell")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Marks and skips, fixed seeds, one hypothesis profile."""
+"""Marks and skips, fixed seeds, one hypothesis profile, results written as they come."""
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -30,6 +31,13 @@ def why_no_gpu() -> str | None:
     return _load.why_no_cuda() or (None if torch.cuda.is_available() else "no CUDA device here")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # On a GPU the CPU only makes small operands. A thread a core costs more than it brings there,
+    # by far where a container has fewer cores than it sees.
+    if torch.cuda.is_available():
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reason = why_no_gpu()
     for item in items:
@@ -37,6 +45,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: --slow"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Appends a line of JSON for every test to the file that SPENSE_TEST_LOG names, at once: a run
+    that is cut short keeps what it found."""
+    path = os.environ.get("SPENSE_TEST_LOG")
+    if not path or (report.when != "call" and report.passed):
+        return
+    entry = {"test": report.nodeid, "outcome": report.outcome, "s": round(report.duration, 3)}
+    entry |= dict(report.user_properties)
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        entry["message"] = (crash.message if crash else str(report.longrepr))[:600]
+    with open(path, "a", encoding="utf-8") as log:
+        log.write(json.dumps(entry) + "\n")
 
 
 @pytest.fixture(autouse=True)

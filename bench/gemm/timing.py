@@ -16,6 +16,8 @@ import torch
 
 Call = Callable[[], object]
 MIN_ROUNDS, MAX_ROUNDS = 7, 41
+LONG_ROUND_S, MIN_LONG_ROUNDS = 0.03, 3  # where a round lasts so long, few will do
+QUICK_SLEEP_CYCLES = 2_000_000  # about a millisecond, for the host to get ahead in
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,37 @@ class Recorder:
         # Not torch.cuda.graph, which collects garbage and empties the cache each time.
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool)
-            try:
-                _run(calls)
-            finally:
-                graph.capture_end()
+        try:
+            with torch.cuda.stream(self.stream):
+                graph.capture_begin(pool=self.pool)
+                try:
+                    _run(calls)
+                finally:
+                    graph.capture_end()
+        except RuntimeError:
+            self._start_anew()
+            raise
         return graph
+
+    def _start_anew(self) -> None:
+        """After a recording that failed nothing may use its stream and pool any more."""
+        self.stream = torch.cuda.Stream(self.device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self._anchor = None
+
+    def quick(self, choices: Sequence[Sequence[Call]]) -> list[float]:
+        """Rough microseconds of each of several ways to do the same, on a GPU, without a graph."""
+        times = []
+        with torch.cuda.stream(self.stream):
+            for calls in choices:
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(QUICK_SLEEP_CYCLES)
+                begin.record()
+                _run(calls)
+                end.record()
+                times.append((begin, end))
+        self.stream.synchronize()
+        return [begin.elapsed_time(end) * 1e3 for begin, end in times]
 
     def measure(
         self, recordings: dict[str, Recording], seconds: float, min_rounds: int = MIN_ROUNDS
@@ -63,15 +89,18 @@ class Recorder:
         """{"us": median microseconds a pass, "spread": quartile distance / median, "rounds"}.
 
         Every round replays every recording once, in a new order; the first does not count. Goes on
-        for `seconds`, within `min_rounds` and MAX_ROUNDS.
+        for `seconds`, within `min_rounds` and MAX_ROUNDS; fewer rounds where one is long.
         """
         if self.device.type == "cpu":
             min_rounds = 2
         order = list(recordings)
         shuffle = random.Random(0).shuffle
         times: dict[str, list[float]] = {name: [] for name in order}
-        self._round(recordings, order)
         start, rounds = time.perf_counter(), 0
+        self._round(recordings, order)
+        if time.perf_counter() - start > LONG_ROUND_S:
+            min_rounds = min(min_rounds, MIN_LONG_ROUNDS)
+        start = time.perf_counter()
         while rounds < min_rounds or (
             rounds < MAX_ROUNDS and time.perf_counter() - start < seconds
         ):

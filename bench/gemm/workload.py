@@ -23,22 +23,29 @@ RIVALS = (
     *RINGS,
 )
 CPU_RIVALS = ("spense", "cublas_tensor", "bf16")  # what has a CPU twin, for trying the logic
-SEARCH_COPIES = 4
+# What a dense fraction other than the main one adds: only the rivals that its targets name.
+MAIN_DENSE = 0.25
+AT_DENSE = {0.0: ("cusparselt",), 1.0: ("cublas_row",)}
+BETWEEN = ("two_library", "two_library_add")
+COPY_TOKENS = 64  # above, nothing is bound by the copy
 SPARSE_COLUMNS = 64  # cuSPARSELt's part is a multiple of this many columns
 
 
 class Workload:
     """The rivals of a layer, on the same device and in the same run."""
 
-    def __init__(self, layer: Layer, recorder: Recorder, names: list[str]):
+    def __init__(
+        self, layer: Layer, recorder: Recorder, names: list[str], every_rival: bool = False
+    ):
         unknown = sorted(set(names) - set(RIVALS))
         if unknown:
             raise SystemExit(f"--only: expected some of {', '.join(RIVALS)}, got {unknown[0]}")
         on_cpu = recorder.device.type == "cpu"
         self.names = [name for name in names if not on_cpu or name in CPU_RIVALS]
-        self.layer, self.recorder = layer, recorder
+        self.layer, self.recorder, self.every_rival = layer, recorder, every_rival
         self._made: dict[str, object] = {}
-        self._failed: set[str] = set()
+        self.missing: dict[str, str] = {}  # rival -> why, where it first failed
+        self._gone: set[str] = set()  # not tried again
         self.split: Split | None = None
         self.d = 0.0
 
@@ -53,17 +60,17 @@ class Workload:
         makers: dict[str, Callable[[], list[Call]]] = {
             "spense": lambda: self._spense().calls(m),
             "spense_promoted": lambda: self._spense().calls(m, fast_accum=False),
-            "cublas_tensor": lambda: self._dense(False).calls(m),
-            "cublas_row": lambda: self._dense(True).calls(m),
+            "cublas_tensor": lambda: self._get("cublas", CublasLt).calls(m),
+            "cublas_row": lambda: self._get("cublas", CublasLt).calls(m, by_row=True),
             "bf16": lambda: self._get("bf16", BFloat16).calls(m),
-            "cusparselt": lambda: self._get("cusparselt", CusparseLt, best=self._best).calls(m),
+            "cusparselt": lambda: self._get("cusparselt", CusparseLt, quick=self._quick).calls(m),
             "two_library": lambda: self._two(False).calls(m),
             "two_library_add": lambda: self._two(True).calls(m),
             **{ring: lambda ring=ring: Copy(self._spense(), ring).calls(m) for ring in RINGS},
         }
         found = {}
         for name in self.names:
-            if not self._meant(name):
+            if name in self._gone or not self._meant(name, m):
                 continue
             if name.startswith("spense"):  # a failure of ours is one of the run
                 found[name] = makers[name]()
@@ -71,16 +78,31 @@ class Workload:
             try:
                 found[name] = makers[name]()
                 found[name][0]()
-            except (RuntimeError, AttributeError, TypeError, ValueError) as problem:
+            except Exception as problem:  # whatever a library comes up with, the sweep goes on
                 found.pop(name, None)
-                if name not in self._failed:
-                    print(f"{self.layer.label}, M = {m}: no {name}: {problem!r:.300}")
-                self._failed.add(name)
+                self.note(name, m, problem)
         return found
 
-    def _meant(self, name: str) -> bool:
-        """Two libraries make sense only where both have work."""
-        return not name.startswith("two_library") or 0 < self._sparse_columns() < self.layer.k
+    def note(self, name: str, m: int, problem: Exception) -> None:
+        """Says once that a rival does not run."""
+        if name not in self.missing:
+            self.missing[name] = f"M = {m}, {self.d:.1%} dense: {problem!r:.300}"
+            print(f"{self.layer.label}: no {name}: {self.missing[name]}", flush=True)
+
+    def give_up(self, name: str, m: int, problem: Exception) -> None:
+        """Leaves a rival out from here on that ran, but could not be recorded."""
+        self.note(name, m, problem)
+        self._gone.add(name)
+
+    def _meant(self, name: str, m: int) -> bool:
+        """Two libraries make sense only where both have work, a copy where bytes are the limit."""
+        if name.startswith("two_library") and not 0 < self._sparse_columns() < self.layer.k:
+            return False
+        if name in RINGS and m > COPY_TOKENS:
+            return False
+        if self.d == MAIN_DENSE or self.every_rival:
+            return True
+        return name in ("spense", "cublas_tensor", *AT_DENSE.get(self.d, BETWEEN))
 
     def _sparse_columns(self) -> int:
         exact = self.layer.k - self.split.widths[0]
@@ -94,20 +116,13 @@ class Workload:
     def _spense(self) -> Spense:
         return self._get("spense", Spense, d=self.d)
 
-    def _dense(self, by_row: bool) -> CublasLt:
-        return self._get(f"cublas {by_row}", CublasLt, by_row=by_row)
-
     def _two(self, add: bool) -> TwoLibrary:
         columns = self._sparse_columns()
-        sparse = self._get("sparse_part", CusparseLt, best=self._best, columns=columns)
+        sparse = self._get("sparse_part", CusparseLt, quick=self._quick, columns=columns)
         if "dense_part" not in self._made:
             rest = Layer("", "", self.layer.n, self.layer.k - columns)
-            self._made["dense_part"] = CublasLt(rest, self.recorder.device, by_row=False)
+            self._made["dense_part"] = CublasLt(rest, self.recorder.device)
         return TwoLibrary(sparse, self._made["dense_part"], add)
 
-    def _best(self, choices: list[list[Call]]) -> int:
-        """The fastest of several ways to the same product, over a few copies of the weight."""
-        few = [calls[:SEARCH_COPIES] for calls in choices]
-        recordings = {str(i): self.recorder.record(c, len(c)) for i, c in enumerate(few)}
-        times = self.recorder.measure(recordings, seconds=0, min_rounds=3)
-        return min(range(len(choices)), key=lambda i: times[str(i)]["us"])
+    def _quick(self, choices: list[list[Call]]) -> list[float]:
+        return self.recorder.quick(choices)
