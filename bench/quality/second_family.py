@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A second model family: train a small Llama or Qwen3 on the prose, prune it, measure R.
 
-    python bench/quality/second_family.py --device cuda                    # about 3 minutes, H100
-    python bench/quality/second_family.py --device cpu --small             # about 5 minutes, 2 cores
-    python bench/quality/second_family.py --device cpu --tiny              # about a minute, 2 cores
+    python bench/quality/second_family.py --device cuda  # 3 minutes, H100 (not timed)
+    python bench/quality/second_family.py --device cpu --small  # 5 to 10 minutes, 2 cores
+    python bench/quality/second_family.py --device cpu --tiny  # a minute, 2 cores
 
 Nothing in the pruner was tuned on this model. It learns the calibration side of the prose
 (corpus.py) with a BPE vocabulary of its own; the epoch with the least loss on windows held out of
