@@ -174,6 +174,11 @@ def training_windows(pools: dict[str, Tensor]) -> Tensor:
     return torch.cat(out)
 
 
+def training_texts(packages: dict[str, Path]) -> list[str]:
+    """Texts of the calibration side, for a tokenizer or a model made of them."""
+    return _faq(packages["anarchism"], "A-E") + _handbook(packages["debian-handbook"])[0]
+
+
 def load_prose(
     tokenizer, folder: Path, calibration: int, test: int, outside: int = 16, length: int = 512,
     seed: int = 0,

@@ -13,6 +13,8 @@ import re
 import sys
 from pathlib import Path
 
+import comparisons
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "pruning.md"
@@ -100,15 +102,15 @@ def parts(prefix: str, result: dict) -> dict[str, str]:
 
 
 def render(page: str) -> str:
+    found = comparisons.parts(RESULTS)
     for prefix, name in (("", "quality.json"), ("h100-", "quality_h100.json")):
         result = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-        for marker, text in parts(prefix, result).items():
-            pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
-            if not pattern.search(page):
-                raise SystemExit(
-                    f"{PAGE.name}: no markers <!-- {marker} --> ... <!-- /{marker} -->"
-                )
-            page = pattern.sub(lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page)
+        found |= parts(prefix, result)
+    for marker, text in found.items():
+        pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
+        if not pattern.search(page):
+            raise SystemExit(f"{PAGE.name}: no markers <!-- {marker} --> ... <!-- /{marker} -->")
+        page = pattern.sub(lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page)
     return page
 
 

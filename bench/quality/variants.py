@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from spense_kernels.prune import PruneConfig
 
-_PLAIN = {
+PLAIN = {
     "permutation": "none",
     "mask": "diagonal",
     "refit_steps": 0,
@@ -19,7 +19,7 @@ _WITHOUT = {"sinks": False, "admm_steps": 0}
 
 
 def _plain(**changes) -> PruneConfig:
-    return PruneConfig(**{**_PLAIN, **changes})
+    return PruneConfig(**{**PLAIN, **changes})
 
 
 def _best(**changes) -> PruneConfig:

@@ -8,6 +8,7 @@ namespace spense::bindings {
 
 void add_cpu(pybind11::module_& m);
 void add_format(pybind11::module_& m);
+void add_sm90(pybind11::module_& m);
 void add_sm100(pybind11::module_& m);
 
 }  // namespace spense::bindings

@@ -29,7 +29,7 @@ an error. Nothing is ever downloaded, and no file is overwritten without --force
 """
 
 # Options that take one or more values, as in `--text a.txt b.txt`.
-LIST_OPTIONS = ("--text", "--calibration", "--prompt")
+LIST_OPTIONS = ("--text", "--calibration", "--prompt", "--set", "--skip", "--report-fractions")
 
 
 class Group(TyperGroup):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from spense_kernels import evaluate
+from spense_kernels import cost, evaluate
 from spense_kernels.checkpoint import save_checkpoint
 from spense_kernels.cli.options import enough
 from spense_kernels.demo.facts import provenance
@@ -19,8 +19,9 @@ from spense_kernels.format import Split
 from spense_kernels.layout import GRANULE
 from spense_kernels.models import LoadedModel, load_dense
 from spense_kernels.progress import Bars
-from spense_kernels.prune import PruneConfig, prune_model
+from spense_kernels.prune import PruneConfig, PruneReport, prune_model
 from spense_kernels.prune.groups import decoder_layers
+from spense_kernels.report.speed import group_names, planned_speed, speed_of_pruned
 
 SHARDED_K = 4096  # layers this wide get shards, so that tensor parallelism can cut them
 SHARDS = 8
@@ -49,8 +50,12 @@ def default_shards(model, asked: int | None) -> int:
     return SHARDS if (getattr(model.config, "hidden_size", 0) or 0) >= SHARDED_K else 1
 
 
-def planned(loaded: LoadedModel, config: PruneConfig) -> dict:
-    """What would be pruned: names, shapes, bytes at one width everywhere. Writes nothing."""
+def planned(loaded: LoadedModel, config: PruneConfig, batch: int) -> dict:
+    """What would be pruned: names, shapes, bytes at one width everywhere. Writes nothing.
+
+    Args:
+        batch: tokens a decode step, of the modelled speed.
+    """
     layers = []
     prefix, decoder = decoder_layers(loaded.model)
     for index, layer in enumerate(decoder):
@@ -58,6 +63,9 @@ def planned(loaded: LoadedModel, config: PruneConfig) -> dict:
             if isinstance(module, torch.nn.Linear):
                 layers.append(_planned_layer(f"{prefix}.{index}.{name}", module, config))
     weights = sum(x["n"] * x["k"] for x in layers)
+    speed = {}
+    if cost.available():
+        speed["speed"] = planned_speed(loaded.model, config, batch).to_json()
     return {
         "source": loaded.source,
         "settings": config.to_json(),
@@ -68,6 +76,7 @@ def planned(loaded: LoadedModel, config: PruneConfig) -> dict:
             "packed_bytes": sum(x["packed_bytes"] for x in layers),
             "bf16_bytes": 2 * weights,
         },
+        **speed,
         "layers": layers,
     }
 
@@ -101,7 +110,17 @@ def show_plan(plan: dict) -> str:
         f"{readable_bytes(total['bf16_bytes'])} in bf16"
         + (note if plan["settings"]["strategy"] == "staircase" else "")
     )
+    if "speed" in plan:
+        lines.append(speed_line(plan["speed"]))
     return "\n".join(lines)
+
+
+def speed_line(speed: dict) -> str:
+    """The modelled speed for a terminal."""
+    return (
+        f"modelled decode on an H100, {speed['batch']} tokens a step, these layers alone: "
+        f"{speed['us']:.1f} us, {speed['speedup']:.3f} times as fast as dense FP8"
+    )
 
 
 def windows(tokenizer, texts, samples: int, length: int, seed: int) -> torch.Tensor:
@@ -123,8 +142,16 @@ def run(
     out: Path,
     force: bool,
     text_name: str,
+    batch: int,
+    target: float | None,
 ) -> dict:
-    """Prune in place, save, and return what `--json` prints."""
+    """Prune in place, save, and return what `--json` prints.
+
+    Args:
+        batch: tokens a decode step, of the modelled speed.
+        target: speed-up that the dense fraction was chosen for, or None.
+    """
+    groups = group_names(loaded.model, config.skip)
     with Bars(indent="") as bars:
         report = prune_model(
             loaded.model, chosen, config, progress=bars, work_dir=work_dir, device=device
@@ -137,12 +164,31 @@ def run(
         provenance=provenance(report, loaded.source, text),
         overwrite=force,
     )
+    result = result_of(loaded, loaded.model, report, out, text)
+    if cost.available():
+        result["speed"] = speed_of_pruned(loaded.model, groups, batch).to_json()
+    note_target(result, target)
+    return result
+
+
+def note_target(result: dict, target: float | None) -> None:
+    """Keep the target; say so when a staircase's padding cost more than its budget allowed."""
+    if target is None:
+        return
+    result["target_speedup"] = target
+    reached = result["speed"]["speedup"]
+    if reached < target:
+        say(f"spense: note: the widths chosen are modelled at {reached:.3f}, below {target:g}")
+
+
+def result_of(loaded: LoadedModel, model, report: PruneReport, out: Path | None, text: dict):
+    """What `--json` prints of a pruned model."""
     return {
         "source": loaded.source,
-        "out": str(out),
-        "settings": config.to_json(),
+        "out": None if out is None else str(out),
+        "settings": report.config.to_json(),
         "calibration": text,
-        "totals": totals(loaded.model),
+        "totals": totals(model),
         "layers": [
             {
                 "name": m.name,
@@ -167,5 +213,6 @@ def text(result: dict) -> str:
         f"{readable_bytes(total['packed_bytes'])} packed "
         f"({total['packed_bytes'] / total['weights']:.3f} byte a weight)\n"
         f"relative output error: mean {mean:.4f}, largest {errors[-1][0]:.4f} in {errors[-1][1]}\n"
-        f"next: spense verify {result['out']}; spense eval {result['out']}"
+        + (f"{speed_line(result['speed'])}\n" if "speed" in result else "")
+        + f"next: spense verify {result['out']}; spense eval {result['out']}"
     )

@@ -7,8 +7,10 @@ off one forward pass, by the identity of the tensors.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError
@@ -140,3 +142,20 @@ class GroupProbe:
         k = self._linears[names[0]].in_features
         follows = len(names) == 1 and any(self._outputs[names[0]] is t for t in self._normed)
         return Group(tuple(names), k, follows)
+
+
+@torch.no_grad()
+def model_groups(model: nn.Module, skip: tuple[str, ...] = ()) -> list[list[Group]]:
+    """Groups of every decoder layer, seen in one forward pass of two tokens.
+
+    Raises PruneError when the model has no such layers or a projection is never called.
+    """
+    prefix, layers = decoder_layers(model)
+    device = model.get_input_embeddings().weight.device
+    with ExitStack() as stack:
+        probes = [
+            stack.enter_context(GroupProbe(layer, skip, f"{prefix}.{index}."))
+            for index, layer in enumerate(layers)
+        ]
+        model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
+    return [probe.groups() for probe in probes]

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 import torch
 from torch import Tensor, nn
 
 from spense_kernels.errors import FormatError, PruneError
 from spense_kernels.prune.config import PruneConfig
-from spense_kernels.prune.groups import Group, GroupProbe, decoder_layers
+from spense_kernels.prune.groups import Group, decoder_layers, model_groups
 from spense_kernels.prune.install import PrunedModule, fp8_values, install
 from spense_kernels.prune.mask import top2_mask
 from spense_kernels.prune.order import rank_columns
@@ -40,7 +38,7 @@ def prune_magnitude(model: nn.Module, config: PruneConfig = MAGNITUDE) -> PruneR
     """
     prefix, layers = decoder_layers(model)
     report = PruneReport(config)
-    for index, groups in enumerate(_groups(model, prefix, layers, config.skip)):
+    for index, groups in enumerate(model_groups(model, config.skip)):
         layer, full = layers[index], f"{prefix}.{index}."
         widths = uniform_plan(layer, groups, config).widths
         modules: dict[str, PrunedModule] = {}
@@ -56,17 +54,6 @@ def prune_magnitude(model: nn.Module, config: PruneConfig = MAGNITUDE) -> PruneR
                 )
             )  # fmt: skip
     return report
-
-
-def _groups(model: nn.Module, prefix: str, layers, skip: tuple[str, ...]) -> list[list[Group]]:
-    device = model.get_input_embeddings().weight.device
-    with ExitStack() as stack:
-        probes = [
-            stack.enter_context(GroupProbe(layer, skip, f"{prefix}.{index}."))
-            for index, layer in enumerate(layers)
-        ]
-        model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
-    return [probe.groups() for probe in probes]
 
 
 def _prune_group(

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of baselines.py and second_family.py for docs/pruning.md, from their result files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+FILES = {"baselines": "quality_baselines.json", "second": "quality_second.json"}
+MISSING = "No results committed yet."
+
+
+def hybrid_bytes(dense_fraction: float) -> float:
+    """FP8 bytes a weight without padding."""
+    return dense_fraction + 0.625 * (1 - dense_fraction)
+
+
+def table(rows: dict) -> str:
+    """One line a row, in the order of the file."""
+    base = rows["dense"]["test"]["nll"]
+    lines = [
+        "| row | byte a weight | FP8 | PPL | nats above dense | R | outside R |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in rows.items():
+        test = row["test"]
+        fp8 = "W, A" if row.get("config", {}).get("fp8") else ""
+        lines.append(
+            f"| {name} | {size_of(name, row)} | {fp8} | {test['ppl']:.2f} | "
+            f"{test['nll'] - base:+.4f} | {test['r']:.3f} ± {test['r_stderr']:.3f} | "
+            f"{row['outside']['r']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def size_of(name: str, row: dict) -> str:
+    """As stored in FP8, whether or not the row rounds to it; of 6:8 in both forms."""
+    if "bytes_a_weight" in row:
+        return " or ".join(f"{value:.3f}" for value in row["bytes_a_weight"].values())
+    return "2 (bf16)" if name == "dense" else f"{hybrid_bytes(row['dense_fraction']):.3f}"
+
+
+def baselines(result: dict) -> str:
+    setup = result["setup"]
+    return "\n\n".join([
+        table(result["rows"]),
+        f"{setup['model']}, {setup['calibration_windows']} calibration and "
+        f"{setup['test_windows']} test windows, {result['machine']['device']}. Bytes are those of "
+        "FP8 storage, for rows without FP8 too.",
+    ])  # fmt: skip
+
+
+def second(result: dict) -> str:
+    setup, training = result["setup"], result["training"]
+    return "\n\n".join([
+        table(result["rows"]),
+        f"{setup['model']} on {setup['text']}: {training['text_tokens']:,} tokens, "
+        f"{training['steps']} steps of {setup['size']['batch']} windows of "
+        f"{setup['window_tokens']}, {training['seconds']:.0f} s, {result['machine']['device']}. "
+        f"{setup['size']['calibration']} calibration and {setup['test_windows']} test windows.",
+    ])  # fmt: skip
+
+
+def parts(folder: Path) -> dict[str, str]:
+    """Text by marker; says so where a result file is not there."""
+    found = {}
+    for marker, make in (("baselines", baselines), ("second", second)):
+        path = folder / FILES[marker]
+        found[marker] = MISSING
+        if path.exists():
+            found[marker] = make(json.loads(path.read_text(encoding="utf-8")))
+    return found
