@@ -77,7 +77,7 @@ std::optional<GemmChoice> find_choice(const GemmDesc& desc, const MaxClusters& f
 
 GemmChoice choose(const GemmDesc& desc, const MaxClusters& fit) {
   return *fastest(desc, fit, [&](const GemmChoice& choice) {
-    return precise(*choice.config) != desc.fast_accum;
+    return choice.config->promote || desc.fast_accum;
   });
 }
 
@@ -86,8 +86,8 @@ int cluster_slots(const GemmDesc& desc, const MaxClusters& fit, const GemmConfig
   const int known = index < fit.size() ? fit[index] : 0;
   // Large clusters leave multiprocessors over in every group of them that a cluster cannot span.
   const int size = cluster_size(config);
-  const int guess = desc.multiprocessors * config.residency / size * (size > 2 ? 10 : 11) / 11;
-  return std::max(1, (known ? known : guess) / config.residency);
+  const int guess = desc.multiprocessors / size * (size > 2 ? 10 : 11) / 11;
+  return std::max(1, known ? known : guess);
 }
 
 ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slots) {

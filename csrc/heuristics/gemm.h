@@ -35,14 +35,11 @@ struct GemmConfig {
   int splits;        // CTAs that share the K of a tile and exchange their sums
   int w_stages;      // ring of weight units for each row tile, 20 KiB a unit
   int x_stages;      // ring of activation blocks, tokens * 128 bytes each
-  int residency;     // CTAs a multiprocessor holds: 2 lets the next kernel fill its rings early
-  int promote;       // units after which the tensor cores' sums are added in float32; 0: never
+  bool promote;      // the tensor cores' sums are added in float32 every 128 columns
 };
 
 // --- budgets ---
 inline constexpr int kConsumerWarpgroups = 2;
-inline constexpr int kSmemPerMultiprocessor = 228 * 1024;
-inline constexpr int kSmemReservedPerCta = 1024;
 inline constexpr int kSmemPerCta = 227 * 1024;
 inline constexpr int kBarrierBytes = 8;
 inline constexpr int kJobStages = 4;  // segments that the weight warp may be ahead
@@ -50,13 +47,8 @@ inline constexpr int kJobBytes = 32;
 inline constexpr int kMaxSplits = 4;
 inline constexpr int kWStageBytes = format::kSparseUnitBytes;
 
-// Two warps load, one w and one x. Alone on a multiprocessor they are part of a whole warpgroup,
-// which can hand its registers to the consumers.
-constexpr int threads(const GemmConfig& c) {
-  return kConsumerWarpgroups * 128 + (c.residency == 1 ? 128 : 2 * 32);
-}
-// fast_accum=False: sums leave the tensor cores at least every 256 columns.
-constexpr bool precise(const GemmConfig& c) { return c.promote == 1; }
+// The consumers, and a warpgroup of which two warps load; it hands its registers to the consumers.
+constexpr int threads(const GemmConfig&) { return kConsumerWarpgroups * 128 + 128; }
 constexpr int cluster_size(const GemmConfig& c) { return c.cluster_rows * c.splits; }
 // Token groups of 8 of a tile that each of the CTAs finishes that split its K.
 constexpr int own_groups(const GemmConfig& c) { return (c.tokens / 8 + c.splits - 1) / c.splits; }
@@ -77,10 +69,6 @@ constexpr int smem_bytes(const GemmConfig& c) {
   return w_slots * kWStageBytes + c.x_stages * x_stage_bytes(c) +
          2 * (w_slots + c.x_stages + kJobStages) * kBarrierBytes + kJobStages * kJobBytes +
          kConsumerWarpgroups * (4 + kMaxSplits * kBarrierBytes) + staging_bytes(c);
-}
-constexpr int smem_limit(const GemmConfig& c) {
-  const int share = kSmemPerMultiprocessor / c.residency - kSmemReservedPerCta;
-  return share < kSmemPerCta ? share : kSmemPerCta;
 }
 // Arrivals that complete a phase of each barrier.
 constexpr int w_full_arrivals() { return 1; }
@@ -105,9 +93,7 @@ constexpr bool legal(const GemmConfig& c) {
   const bool rows = c.row_tiles == 1 || c.row_tiles == 2;
   // Sums of a thread: they and their promoted twin must fit the registers.
   const int sums = c.row_tiles * c.tokens / 2 * (c.promote ? 2 : 1);
-  const bool residency = c.residency == 1 || c.residency == 2;
-  return tile && box && splits && rings && rows && residency && smem_bytes(c) <= smem_limit(c) &&
-         sums <= (c.residency == 1 ? 192 : 32) * (c.promote ? 2 : 1);
+  return tile && box && splits && rings && rows && smem_bytes(c) <= kSmemPerCta && sums <= 192;
 }
 
 // Row tiles that a cluster works on side by side.

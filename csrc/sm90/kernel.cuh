@@ -6,7 +6,7 @@
 // x is e4m3 in gather order, w a tile stream: wgmma.sp over a tile's sparse units, then wgmma over
 // its dense ones, into the same sums. Weight rows are the M of the instruction, tokens its N.
 //
-// Persistent CTAs, one a multiprocessor; with residency 2 the next kernel's fit beside them:
+// Persistent CTAs, one a multiprocessor:
 //   warps 0-3, 4-7   consumers, 64 rows of the CTA's tile or a tile each: multiply, combine, store
 //   warp 8           weights: walks the heuristics::Schedule, tells the others (JobRing), and
 //   copies
@@ -129,8 +129,7 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
 }
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, T::kResidency)
-    hybrid_gemm(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(T::kThreads, 1) hybrid_gemm(const __grid_constant__ Params p) {
   const uint32_t smem = ptx::dynamic_smem();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const WarpRole role = warp < 8    ? WarpRole::kConsumer
@@ -150,10 +149,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kResidency)
 
   JobRing<T> jobs(smem);
   if (role == WarpRole::kConsumer) {
-    if constexpr (T::kResidency == 1) ptx::take_registers<T::kConsumerRegisters>();
+    ptx::take_registers<T::kConsumerRegisters>();
     consume<T>(p, smem, jobs, cluster, row, split);
   } else {
-    if constexpr (T::kResidency == 1) ptx::give_registers<T::kLoaderRegisters>();
+    ptx::give_registers<T::kLoaderRegisters>();
     if (role == WarpRole::kWeights) load_weights<T>(p, smem, jobs, cluster, row, split);
     if (role == WarpRole::kActivations) load_activations<T>(p, smem, jobs, row, split);
   }

@@ -39,37 +39,29 @@ class Multiplier {
   // sums = the segment's part of the tile. Every slot is given back when it returns.
   __device__ void run(Sums sums, int sparse, int dense) {
     inside_ = false;
-    units_ = 0;
-    if (T::kPromote != 0 || (T::kSplits > 1 && sparse + dense == 0)) clear(sums);
-    if constexpr (kWholeUnits) {
-      uint32_t first[T::kParts][4] = {}, second[T::kParts][4] = {};
-      for (; sparse > 1; sparse -= 2) {
-        sparse_unit(sums, first, second);
-        sparse_unit(sums, second, first);
-      }
-      if (sparse) sparse_unit(sums, first, second);
-      run_dense(sums, dense);
-      ptx::pin(first);
-      ptx::pin(second);
-    } else {
-      uint32_t first[T::kParts][2] = {}, second[T::kParts][2] = {};
-      for (; sparse > 0; --sparse) {
-        ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
-        sparse_block<0>(sums, first, second);
-        sparse_block<1>(sums, second, first);
-        w_.advance();
-      }
-      run_dense(sums, dense);
-      ptx::pin(first);
-      ptx::pin(second);
+    if (T::kPromote || (T::kSplits > 1 && sparse + dense == 0)) clear(sums);
+    uint32_t first[T::kParts][2] = {}, second[T::kParts][2] = {};
+    for (; sparse > 0; --sparse) {
+      ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
+      sparse_block<0>(sums, first, second);
+      sparse_block<1>(sums, second, first);
+      w_.advance();
     }
+    for (; dense > 0; --dense) {
+      ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
+      dense_block(sums);
+      w_.advance();
+    }
+    if constexpr (!T::kPromote) {
+      ptx::mma_wait<0>();
+      release();
+    }
+    ptx::pin(sums);
+    ptx::pin(first);
+    ptx::pin(second);
   }
 
  private:
-  // Small tiles take a sparse unit at a time, so that waiting costs less; large ones half a unit,
-  // so that a slot of x is held no longer than need be.
-  static constexpr bool kWholeUnits = T::kTokens <= 64 && T::kPromote != 1;
-
   __device__ __forceinline__ static void clear(Sums sums) {
 #pragma unroll
     for (int part = 0; part < T::kParts; ++part) {
@@ -78,51 +70,11 @@ class Multiplier {
     }
   }
 
-  __device__ __forceinline__ void run_dense(Sums sums, int dense) {
-    for (; dense > 0; --dense) {
-      ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
-      dense_block(sums);
-      w_.advance();
-    }
-    ptx::mma_wait<0>();
-    release();
-    if constexpr (T::kPromote != 0) {
-      if (inside_) promote_sums(sums);
-    }
-    ptx::pin(sums);
-  }
-
   template <int kHalf>
   __device__ __forceinline__ uint4 metadata_row(int part) const {
     return ptx::load_shared_v4(metadata_ + w_.slot * T::kWStageBytes +
                                format::metadata_offset(part * T::kPartRows, kHalf * 128) -
                                format::metadata_offset(0, 0));
-  }
-
-  // 256 logical columns, four instructions for each part.
-  __device__ __forceinline__ void sparse_unit(Sums sums, uint32_t (&metadata)[T::kParts][4],
-                                              uint32_t (&previous)[T::kParts][4]) {
-    ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
-#pragma unroll
-    for (int part = 0; part < T::kParts; ++part) {
-      const uint4 a = metadata_row<0>(part), b = metadata_row<1>(part);
-      metadata[part][0] = second_word_ ? a.y : a.x;
-      metadata[part][1] = second_word_ ? a.w : a.z;
-      metadata[part][2] = second_word_ ? b.y : b.x;
-      metadata[part][3] = second_word_ ? b.w : b.z;
-    }
-    const uint64_t w = operand(values_ + w_.slot * T::kWStageBytes);
-    uint64_t x[2];
-    x[0] = next_x();
-    x[1] = next_x();
-    const auto issue = [&](auto& to, int part, int i, bool accumulate) {
-      constexpr int kXStep = 64 >> 4, kWStep = 32 >> 4;  // bytes of 64 logical columns
-      mma_sparse<T::kTokens>(to, w + part * kPartStep + i * kWStep, x[i / 2] + i % 2 * kXStep,
-                             metadata[part][i], accumulate);
-    };
-    multiply<true, 4, 2>(sums, issue);
-    ptx::pin(previous);
-    w_.advance();
   }
 
   // Half of a sparse unit: 128 logical columns, two instructions for each part.
@@ -142,7 +94,7 @@ class Multiplier {
       mma_sparse<T::kTokens>(to, w + part * kPartStep + i * kWStep, x + i * kXStep,
                              metadata[part][i], accumulate);
     };
-    multiply<kHalf == 1, 2, 1>(sums, issue);
+    multiply<kHalf == 1, 2>(sums, issue);
     ptx::pin(previous);
   }
 
@@ -154,7 +106,7 @@ class Multiplier {
       constexpr int kStep = 32 >> 4;
       mma_dense<T::kTokens>(to, w + part * kPartStep + i * kStep, x + i * kStep, accumulate);
     };
-    multiply<true, 4, 1>(sums, issue);
+    multiply<true, 4>(sums, issue);
   }
 
   // Waits for the next block of x and returns its operand.
@@ -165,49 +117,38 @@ class Multiplier {
     return x;
   }
 
-  // Issues the instructions of a group and retires the group before it. The instructions under way
-  // may read the metadata of both until then. kBlocks: of x.
-  template <bool kEndsUnit, int kInstructions, int kBlocks, class Issue>
+  // Issues the instructions of a block. With kPromote it waits for them and adds what the tensor
+  // cores have summed up, at their own precision, to the float32 sums; else it retires the block
+  // before, and the instructions under way may read the metadata of both until then.
+  template <bool kEndsUnit, int kInstructions, class Issue>
   __device__ __forceinline__ void multiply(Sums sums, Issue issue) {
-    Sums mma_sums = tensor_core_sums(sums);
-    ptx::pin(mma_sums);
-    ptx::mma_fence();
+    if constexpr (T::kPromote) {
+      float block[T::kParts][T::kSums];  // which its first instruction does not read
+      ptx::pin(block);
+      ptx::mma_fence();
 #pragma unroll
-    for (int i = 0; i < kInstructions; ++i) issue_parts(mma_sums, issue, i, i != 0 || inside_);
-    ptx::mma_commit();
-    inside_ = true;
-    if constexpr (T::kPromote == 1 || (T::kPromote != 0 && kEndsUnit)) {
-      if (++units_ == T::kPromote) {
-        ptx::mma_wait<0>();
-        release();
-        note_under_way(kEndsUnit, kBlocks);
-        release();
-        promote_sums(sums);
-        return;
+      for (int i = 0; i < kInstructions; ++i) issue_parts(block, issue, i, i != 0);
+      ptx::mma_commit();
+      ptx::mma_wait<0>();
+      note_under_way(kEndsUnit);
+      release();
+      ptx::pin(block);
+#pragma unroll
+      for (int part = 0; part < T::kParts; ++part) {
+#pragma unroll
+        for (int i = 0; i < T::kSums; ++i) sums[part][i] += block[part][i];
       }
-    }
-    ptx::mma_wait<1>();
-    release();
-    note_under_way(kEndsUnit, kBlocks);
-  }
-  __device__ __forceinline__ Sums tensor_core_sums(Sums sums) {
-    if constexpr (T::kPromote != 0) {
-      return mma_sums_;
     } else {
-      return sums;
-    }
-  }
-
-  // Adds what the tensor cores have summed up, at their own precision, to the float32 sums.
-  __device__ __forceinline__ void promote_sums(Sums sums) {
-    ptx::pin(mma_sums_);
+      ptx::pin(sums);
+      ptx::mma_fence();
 #pragma unroll
-    for (int part = 0; part < T::kParts; ++part) {
-#pragma unroll
-      for (int i = 0; i < T::kSums; ++i) sums[part][i] += mma_sums_[part][i];
+      for (int i = 0; i < kInstructions; ++i) issue_parts(sums, issue, i, i != 0 || inside_);
+      ptx::mma_commit();
+      inside_ = true;
+      ptx::mma_wait<1>();
+      release();
+      note_under_way(kEndsUnit);
     }
-    units_ = 0;
-    inside_ = false;
   }
 
   template <class Issue>
@@ -217,22 +158,21 @@ class Multiplier {
     for (int part = 0; part < T::kParts; ++part) issue(sums[part], part, i, accumulate);
   }
 
-  __device__ __forceinline__ void note_under_way(bool ends_unit, int blocks) {
-    blocks_ = blocks;
+  __device__ __forceinline__ void note_under_way(bool ends_unit) {
+    under_way_ = true;
     ends_unit_ = ends_unit;
   }
 
-  // Gives back the blocks of x that were under way, and their unit of w when that ends with them.
+  // Gives back the block of x that was under way, and its unit of w when that ends with it.
   __device__ __forceinline__ void release() {
-    if (blocks_ == 0) return;
+    if (!under_way_) return;
     if (ends_unit_) {
       arrive<1>(w_empty_ + 8 * w_done_.slot, 0);
       w_done_.advance();
     }
-    for (; blocks_ > 0; --blocks_) {
-      arrive<T::kClusterRows>(x_empty_ + 8 * x_done_.slot, first_sharer_);
-      x_done_.advance();
-    }
+    arrive<T::kClusterRows>(x_empty_ + 8 * x_done_.slot, first_sharer_);
+    x_done_.advance();
+    under_way_ = false;
   }
   // Arrives once a warp, at the barriers of all that share the slot.
   template <int kSharers>
@@ -250,13 +190,11 @@ class Multiplier {
   int first_sharer_;
   uint32_t w_full_, w_empty_, x_ring_, x_full_, x_empty_, values_, metadata_;
   bool second_word_;
-  int blocks_ = 0;          // of x that are being multiplied
-  bool ends_unit_ = false;  // and whether their unit ends with them
+  bool under_way_ = false;  // a block of x is being multiplied,
+  bool ends_unit_ = false;  // with which its unit ends
   Cursor<T::kWStages> w_, w_done_;
   Cursor<T::kXStages> x_, x_done_;
-  float mma_sums_[T::kParts][T::kPromote ? T::kSums : 1];  // not promoted yet
-  bool inside_ = false;  // whether the tensor cores' sums have begun
-  int units_ = 0;        // in them
+  bool inside_ = false;  // whether the sums have begun
 };
 
 }  // namespace spense::sm90

@@ -28,10 +28,10 @@ struct alignas(16) Job {
 static_assert(sizeof(Job) == heuristics::kJobBytes);
 
 template <int row_tiles, int tokens, int cluster_rows, int splits, int w_stages, int x_stages,
-          int residency, int promote>
+          bool promote>
 struct Traits {
-  static constexpr heuristics::GemmConfig kConfig{
-      "", row_tiles, tokens, cluster_rows, splits, w_stages, x_stages, residency, promote};
+  static constexpr heuristics::GemmConfig kConfig{"",     row_tiles, tokens,   cluster_rows,
+                                                  splits, w_stages,  x_stages, promote};
   static_assert(heuristics::legal(kConfig));
 
   static constexpr int kRowTiles = row_tiles;
@@ -41,8 +41,7 @@ struct Traits {
   static constexpr int kClusterSize = cluster_rows * splits;
   static constexpr int kWStages = w_stages;
   static constexpr int kXStages = x_stages;
-  static constexpr int kResidency = residency;
-  static constexpr int kPromote = promote;
+  static constexpr bool kPromote = promote;
 
   static constexpr int kJobStages = heuristics::kJobStages;
 
@@ -51,7 +50,7 @@ struct Traits {
   static constexpr int kPartRows = 64;  // wgmma's M
   // Parts of 64 rows that a consumer warpgroup multiplies, and of the tile that it works on.
   static constexpr int kParts = row_tiles;
-  // Registers of a thread after the loaders' warpgroup has handed over (residency 1).
+  // Registers of a thread after the loaders' warpgroup has handed over.
   static constexpr int kLoaderRegisters = 56, kConsumerRegisters = 224;
   static_assert(kLoaderRegisters + 2 * kConsumerRegisters <= 65536 / 128);
   static constexpr int kSums = tokens / 2;  // accumulator registers of a thread and part
