@@ -2,7 +2,7 @@
 """Runs compute-sanitizer's tools over every kernel and configuration at small shapes.
 
     python bench/sanitize.py                             # memcheck, racecheck, synccheck, initcheck
-    python bench/sanitize.py --tools memcheck --configs t128x16_c1_s8x28_o1
+    python bench/sanitize.py --tools memcheck --configs t128x16_c1k1_s8x28
 
 Operands are made and compared on the CPU, so that little but our kernels runs on the GPU; every
 tensor is an allocation of its own, so that a step beyond it is one beyond memory.

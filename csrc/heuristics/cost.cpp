@@ -28,11 +28,11 @@ constexpr size_t kInstances = 0
 static_assert(std::size(kCosts) == kInstances, "every instance has its costs");
 
 // Of the device, by the same fit: the rates that its limits seem to have in this formula.
-constexpr double kDramBytesPerUs = 3.353e6, kL2BytesPerUs = 10.64e6, kLaunchUs = 1.45;
-constexpr double kStreamLaunch = 2.06;  // a stream-K launch against another
-constexpr double kDenseUnit = 0.797;    // time of a dense unit against a sparse one
-constexpr double kExponent = 2.91;      // how the limits add up: 1 would be one after another
-constexpr double kL2Bytes = 40e6, kReread = 0.432;  // cut tiles read again what L2 does not hold
+constexpr double kDramBytesPerUs = 3.123e6, kL2BytesPerUs = 13.04e6, kLaunchUs = 1.44;
+constexpr double kStreamLaunch = 1.91;  // a stream-K launch against another
+constexpr double kDenseUnit = 0.740;    // time of a dense unit against a sparse one
+constexpr double kExponent = 2.62;      // how the limits add up: 1 would be one after another
+constexpr double kL2Bytes = 40e6, kReread = 0.402;  // cut tiles read again what L2 does not hold
 
 const Cost& cost(const GemmConfig& config) {
   return *std::find_if(std::begin(kCosts), std::end(kCosts),
