@@ -20,6 +20,7 @@ _CHOICES = {
     "token_weighting": ("norm", "none"),
     "calibration": ("static", "sequential"),
     "budget": ("model", "matrix"),
+    "curves": ("pruned", "sweep"),
     "sensitivity_labels": ("model", "text"),
 }
 
@@ -43,7 +44,8 @@ class PruneConfig:
         admm_steps: steps of the search for a better mask after the sweep; 0 for none. About
             doubles the time of a prune on a CPU.
         refit_steps: conjugate-gradient steps on the kept weights after the sweep; 0 for none.
-        curve_refit_steps: staircase only: refit steps before a tile's loss at a width is taken.
+        curves: staircase only: a tile's loss at a width is that of rows that were "pruned" so, or
+            of rows behind the "sweep" alone, which takes a fifth of the time.
         damping: added to diag(H), relative to its mean.
         dense_order: "last" lets the error of the 2:4 part flow into the dense columns.
         token_weighting: "norm" weights tokens by 1 / mean(y^2) where y goes straight into an
@@ -55,7 +57,8 @@ class PruneConfig:
         k_shards: equal K shards, for tensor parallelism, of the projections that `shard_modules`
             names; one whose K is no multiple of 16 * k_shards keeps 1.
         shard_modules: ends of the names of row-parallel projections.
-        widths: shares of a shard that a staircase may keep dense in a tile.
+        widths: shares of a shard that a staircase may keep dense in a tile; empty for those that
+            suit the dense fraction (see `shares`).
         budget: "model" spends the staircase's dense weights over all layers at once, "matrix"
             gives every group of projections the same share.
         sort_rows: staircase only: sort the rows of gate and up alike by sensitivity.
@@ -82,7 +85,7 @@ class PruneConfig:
     search_rows: int = 512
     mask: str = "pair"
     refit_steps: int = 12
-    curve_refit_steps: int = 0
+    curves: str = "pruned"
     damping: float = 0.01
     dense_order: str = "last"
     token_weighting: str = "norm"
@@ -91,7 +94,7 @@ class PruneConfig:
     fp8_feedback: bool = True
     k_shards: int = 1
     shard_modules: tuple[str, ...] = ("o_proj", "down_proj", "out_proj", "fc2")
-    widths: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)
+    widths: tuple[float, ...] = ()
     budget: str = "model"
     sort_rows: bool = True
     sensitivity_sequences: int = 16
@@ -117,7 +120,6 @@ class PruneConfig:
             )
         for name, low in (
             ("search_rounds", 0), ("search_rows", 1), ("refit_steps", 0), ("seed", 0),
-            ("curve_refit_steps", 0),
         ):  # fmt: skip
             self._integer(name, low)
         self._integer("k_shards", 1)
@@ -132,12 +134,10 @@ class PruneConfig:
             raise PruneError(f"PruneConfig: damping must be above 0, got {self.damping}")
         for name in ("widths", "modules", "skip", "shard_modules"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.widths or any(not 0.0 <= w <= 1.0 for w in self.widths):
+        if any(not isinstance(w, (int, float)) or not 0.0 <= w <= 1.0 for w in self.widths):
             raise PruneError(f"PruneConfig: widths must be shares in 0..1, got {self.widths}")
         if self.strategy == "staircase" and self.method != "obs":
             raise PruneError("PruneConfig: strategy 'staircase' needs method 'obs'")
-        if self.strategy == "staircase" and (self.widths[0] != 0.0 or self.widths[-1] != 1.0):
-            object.__setattr__(self, "widths", tuple(sorted({0.0, 1.0, *self.widths})))
 
     def _integer(self, name: str, low: int) -> None:
         value = getattr(self, name)
@@ -156,6 +156,15 @@ class PruneConfig:
         """Whether a backward pass is part of the calibration."""
         used = self.sinks or self.gradient_share > 0.0 or self.strategy == "staircase"
         return used and self.method == "obs" and self.dense_fraction < 1.0
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares that a tile may keep dense: `widths` with 0 and 1, or a list by the fraction.
+
+        Where half of a model stays dense, most tiles want something between 1/2 and 1.
+        """
+        fitting = (0.25, 0.5, 0.75) if self.dense_fraction >= 0.375 else (0.25, 0.5)
+        return tuple(sorted({0.0, 1.0, *(self.widths or fitting)}))
 
     def replace(self, **changes) -> PruneConfig:
         return dataclasses.replace(self, **changes)

@@ -104,6 +104,21 @@ def damped_factor(
     raise PruneError(f"prune: {where}: H stays singular with damping {damping / 10.0:g}")
 
 
+def damped_factors(hessian: Tensor, damping: float, names: list[str]) -> tuple[Tensor, list[float]]:
+    """Inverse factors float32 [B, K, K] of H [B, K, K], and the damping of each.
+
+    All at once; one by one, as `damped_factor` does it, when one of them needs more damping.
+    """
+    try:
+        factor = inverse_factor(damp(hessian, damping))
+        if bool(torch.isfinite(factor).all()):
+            return factor, [damping] * len(names)
+    except torch.linalg.LinAlgError:
+        pass
+    found = [damped_factor(h, damping, name) for h, name in zip(hessian, names, strict=True)]
+    return torch.stack([factor for _, factor, _ in found]), [used for *_, used in found]
+
+
 def permuted(hessian: Tensor, order: Tensor) -> Tensor:
     """H with rows and columns in `order` (int [K])."""
     return hessian.index_select(-2, order).index_select(-1, order)

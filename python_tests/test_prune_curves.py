@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of rows at every width, and the shares that a staircase chooses from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from prune_models import pruned_tensors, quick, same
+
+from spense_kernels.prune.compress import compress, row_losses
+from spense_kernels.prune.curves import row_curves
+from spense_kernels.prune.order import Problem
+
+
+def test_shares_suit_the_fraction_unless_named():
+    assert quick(dense_fraction=0.25).shares == (0.0, 0.25, 0.5, 1.0)
+    assert quick(dense_fraction=0.5).shares == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert quick(dense_fraction=0.5, widths=(0.5,)).shares == (0.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("curves", ["pruned", "sweep"])
+def test_curves_are_what_pruned_rows_lose(curves):
+    """Losses against a prune of the whole matrix at that width, and 0 at the last."""
+    weight = torch.randn(160, 48, generator=torch.Generator().manual_seed(0))
+    weight *= torch.logspace(0, 1, 160)[torch.randperm(160)][:, None]
+    x = torch.randn(300, 48, generator=torch.Generator().manual_seed(1))
+    x = x @ torch.randn(48, 48, generator=torch.Generator().manual_seed(2))
+    hessian = x.T @ x
+    config = quick(curves=curves, fp8=False, permutation="snake", admm_steps=5)
+    problem = Problem("p", [weight], hessian, [])
+    widths, seed = [0, 16, 48], torch.Generator()
+    found = row_curves([problem], widths, config, [seed])[0]
+    assert found.shape == (3, 160)
+    assert (found[-1] == 0).all()
+    for i, width in enumerate(widths[:-1]):
+        same = dataclasses.replace(problem, widths=[torch.tensor([width, width])])
+        less = {} if curves == "pruned" else {"refit_steps": 0, "admm_steps": 0}
+        solved = compress([same], config.replace(**less), [seed])[0].weights[0]
+        loss = row_losses(solved - weight, hessian).double()
+        # "sweep" counts the damping in; "pruned" has all shells, so groups differ a little.
+        assert float(found[i].sum()) == pytest.approx(float(loss.sum()), rel=0.25)
+        assert torch.corrcoef(torch.stack([found[i], loss]).log())[0, 1] > 0.8
+    assert (found[1] < found[0]).all()
+
+
+def test_curves_decide_the_widths(gemma, tokens, gemma_statistics):
+    made = [
+        pruned_tensors(
+            gemma, tokens, quick(strategy="staircase", curves=curves), statistics=gemma_statistics
+        )
+        for curves in ("pruned", "sweep")
+    ]
+    for keep in made:
+        splits = [m.split for layer in keep.layers for m in layer.values()]
+        dense = sum(s.dense_fraction * s.n * s.k for s in splits) / sum(s.n * s.k for s in splits)
+        assert 0.2 < dense <= 0.25
+    assert not same(*made)
