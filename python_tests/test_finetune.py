@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from spense_kernels.finetune import (
     finish_student,
     make_student,
     student_layers,
+    train,
 )
 from spense_kernels.finetune.loss import distillation_loss
 from spense_kernels.finetune.student import kept_places
@@ -179,6 +181,39 @@ def test_resume_takes_the_same_steps(pruned, teacher, tmp_path):
         assert torch.equal(layer.weight, other[name].weight), name
     with pytest.raises(PruneError, match="another model"):
         finetune(student_of(pruned), teacher, WINDOWS[:3], config, work_dir=tmp_path)
+
+
+def test_a_time_to_keep_sets_the_steps(pruned, teacher, tmp_path, monkeypatch):
+    """The same steps as a run of that many, after timed ones that leave no trace."""
+    taken = []
+    real = train._Run._step
+
+    def slow(self, step, lr):
+        taken.append(lr)
+        time.sleep(0.1)
+        return real(self, step, lr)
+
+    monkeypatch.setattr(train._Run, "_step", slow)
+    config = FinetuneConfig(steps=1, batch=2, lr=1e-3, save_every=2)
+    timed = student_of(pruned)
+    report = finetune(timed, teacher, WINDOWS, config, max_seconds=2.5, work_dir=tmp_path)
+    steps, probe = report.config.steps, train.WARM_STEPS + train.TIMED_STEPS
+    assert 3 <= steps <= (2.5 - 0.1 * probe) / 0.1
+    assert len(report.losses) == steps
+    assert report.config.warmup == steps // 5
+    assert taken[:probe] == [0.0] * probe
+    assert taken[probe:] == [1e-3 * report.config.share(step) for step in range(steps)]
+    assert taken[-1] < 0.3e-3  # the schedule is not cut
+    straight = student_of(pruned)
+    finetune(straight, teacher, WINDOWS, report.config)
+    other = student_layers(straight)
+    for name, layer in student_layers(timed).items():
+        assert torch.equal(layer.weight, other[name].weight), name
+    again = finetune(student_of(pruned), teacher, WINDOWS, config, max_seconds=2.5,
+                     work_dir=tmp_path)  # fmt: skip
+    assert again.first_step == again.config.steps == steps
+    with pytest.raises(PruneError, match="max_seconds"):
+        finetune(student_of(pruned), teacher, WINDOWS, config, max_seconds=0.0)
 
 
 def test_bad_input(pruned, teacher):

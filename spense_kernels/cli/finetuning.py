@@ -52,6 +52,7 @@ def run(
     out: Path,
     force: bool,
     text_name: str,
+    max_seconds: float | None = None,
 ) -> dict:
     """Fine-tune, save, and return what `--json` prints."""
     import accelerate
@@ -61,12 +62,12 @@ def run(
     with Bars(indent="") as bars:
         report = finetune(
             student, models.teacher.model, windows, config, accelerator=accelerator,
-            work_dir=work_dir, progress=bars,
+            work_dir=work_dir, progress=bars, max_seconds=max_seconds,
         )  # fmt: skip
     result = {
         "out": str(out),
         "teacher": models.teacher.source,
-        "settings": config.to_json(),
+        "settings": report.config.to_json(),
         "text": {"name": text_name, "windows": list(windows.shape)},
         "first_step": report.first_step,
         "first_loss": report.losses[0] if report.losses else None,

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +22,16 @@ from spense_kernels.models import need
 from spense_kernels.prune.calibrate import check_calibration
 from spense_kernels.prune.store import model_fingerprint, tensor_digest, write_atomic
 
+WARM_STEPS, TIMED_STEPS = 3, 5  # before a run that has a time to keep
+_SPARE = 0.02  # share of that time for what the timed steps do not show
+
 
 @dataclass
 class FinetuneReport:
     """What a fine-tune did.
 
     Attributes:
-        config: settings used.
+        config: settings used; with a time to keep, the steps that fit.
         losses: mean KL in nats of every step of this call.
         first_step: where this call went on.
         seconds: wall-clock time of this call.
@@ -65,13 +70,18 @@ def finetune(
         work_dir: folder for the saved state. A second call with the same student, windows and
             settings goes on from there and takes the same steps; None keeps nothing.
         progress: object with start(stage, total), advance(count), finish(), or None.
-        max_seconds: end the run early, learning rate as it stands then; None for no limit.
+        max_seconds: take as many steps as fit in this time, whatever `config.steps` says, with the
+            learning rate's whole schedule over them. Some steps are timed first, without a change
+            to the weights; a run that goes on from a work_dir keeps its number of steps. None:
+            `config.steps` steps.
 
-    Raises PruneError when there is nothing to train, and for a work_dir of another run;
-    SpenseError when the loss is no longer finite.
+    Raises PruneError when there is nothing to train, for max_seconds that is not above 0, and for a
+    work_dir of another run; SpenseError when the loss is no longer finite.
     """
     config = config or FinetuneConfig()
     check_calibration(windows)
+    if max_seconds is not None and not max_seconds > 0:
+        raise PruneError(f"finetune: max_seconds must be above 0, got {max_seconds}")
     if not student_layers(student):
         raise PruneError("finetune: the model holds no StudentLinear; call make_student first")
     need("accelerate")
@@ -79,17 +89,18 @@ def finetune(
         import accelerate
 
         accelerator = accelerate.Accelerator()
-    return _Run(student, teacher, windows, config, accelerator, work_dir).train(
-        progress, max_seconds
-    )
+    run = _Run(student, teacher, windows, config, accelerator, work_dir, max_seconds)
+    return run.train(progress)
 
 
 class _Run:
-    def __init__(self, student, teacher, windows, config, accelerator, work_dir):
+    def __init__(self, student, teacher, windows, config, accelerator, work_dir, max_seconds):
+        self.begin = time.monotonic()
         self.config, self.windows, self.accelerator = config, windows, accelerator
-        self.folder = None
+        self.max_seconds, self.folder = max_seconds, None
         if work_dir is not None:
-            self.folder = _State(Path(work_dir), _fingerprint(student, windows, config))
+            fingerprint = _fingerprint(student, windows, config, max_seconds)
+            self.folder = _State(Path(work_dir), fingerprint)
         self.teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
         student = student.to(accelerator.device)
         weights = [layer.weight for layer in student_layers(student).values()]
@@ -101,35 +112,50 @@ class _Run:
         self.plain = student
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
 
-    def train(self, progress, max_seconds) -> FinetuneReport:
-        config, report = self.config, FinetuneReport(self.config)
+    def train(self, progress) -> FinetuneReport:
+        first, steps = 0, None
         if self.folder is not None:
-            report.first_step = self.folder.load(self.accelerator)
+            first, steps = self.folder.load(self.accelerator)
+        if self.max_seconds is not None:
+            steps = steps or self._steps_that_fit()
+            warmup = min(self.config.warmup, steps // 5)
+            self.config = dataclasses.replace(self.config, steps=steps, warmup=warmup)
+        config, report = self.config, FinetuneReport(self.config, first_step=first)
         if progress is not None:
             progress.start("fine-tune", config.steps)
-            progress.advance(report.first_step)
-        begin = time.monotonic()
+            progress.advance(first)
         losses = []
-        for step in range(report.first_step, config.steps):
-            losses.append(self._step(step))
+        for step in range(first, config.steps):
+            losses.append(self._step(step, config.lr * config.share(step)))
             report.tokens += config.batch * (self.windows.shape[1] - 1)
             done = step + 1
             if self.folder is not None and (done % config.save_every == 0 or done == config.steps):
-                self.folder.save(self.accelerator, done)
+                self.folder.save(self.accelerator, done, config.steps)
             if progress is not None:
                 progress.advance()
-            if max_seconds is not None and time.monotonic() - begin > max_seconds:
-                break
         if progress is not None:
             progress.finish()
         report.losses = [float(loss) for loss in losses]
-        report.seconds = time.monotonic() - begin
+        report.seconds = time.monotonic() - self.begin
         return report
 
-    def _step(self, step: int) -> Tensor:
+    def _steps_that_fit(self) -> int:
+        """Steps in the time that is left, by the median of some that change no weight."""
+        seconds = []
+        for step in range(WARM_STEPS + TIMED_STEPS):
+            begin = time.monotonic()
+            float(self._step(step, 0.0))  # waits for the device
+            seconds.append(time.monotonic() - begin)
+        self.optimizer.state.clear()
+        left = self.max_seconds * (1.0 - _SPARE) - (time.monotonic() - self.begin)
+        fitting = torch.tensor([int(left / statistics.median(seconds[WARM_STEPS:]))])
+        # The slowest process decides.
+        return max(1, int(self.accelerator.gather(fitting.to(self.accelerator.device)).min()))
+
+    def _step(self, step: int, lr: float) -> Tensor:
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * config.share(step)
+            group["lr"] = lr
         ids = self.windows[self._rows(step)]
         mine = ids[accelerator.process_index :: accelerator.num_processes]
         parts = mine.split(config.micro_batch or max(1, len(mine)))
@@ -179,8 +205,10 @@ class _Run:
         return torch.cat(rows)
 
 
-def _fingerprint(student: nn.Module, windows: Tensor, config: FinetuneConfig) -> str:
-    parts = (config.fingerprint(), model_fingerprint(student), tensor_digest(windows))
+def _fingerprint(student: nn.Module, windows: Tensor, config: FinetuneConfig, seconds) -> str:
+    parts = [config.fingerprint(), model_fingerprint(student), tensor_digest(windows)]
+    if seconds is not None:
+        parts.append(f"{seconds:g} s")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -203,21 +231,21 @@ class _State:
     def _read(self) -> dict:
         return json.loads(self.mark.read_text(encoding="utf-8"))
 
-    def load(self, accelerator) -> int:
-        """Load the state, if there is one; returns the step to go on with."""
+    def load(self, accelerator) -> tuple[int, int | None]:
+        """Load the state, if there is one: the step to go on with, and steps in all (or None)."""
         if not self.mark.exists():
-            return 0
-        step = self._read()["step"]
-        accelerator.load_state(str(self.folder / f"step_{step:06d}"))
-        return step
+            return 0, None
+        found = self._read()
+        accelerator.load_state(str(self.folder / f"step_{found['step']:06d}"))
+        return found["step"], found["steps"]
 
-    def save(self, accelerator, step: int) -> None:
+    def save(self, accelerator, step: int, steps: int) -> None:
         """Write the new state beside the old one, then name it, then drop the old one."""
         accelerator.save_state(str(self.folder / f"step_{step:06d}"))
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             return
-        text = json.dumps({"fingerprint": self.fingerprint, "step": step}).encode()
+        text = json.dumps({"fingerprint": self.fingerprint, "step": step, "steps": steps}).encode()
         write_atomic(self.mark, lambda file: file.write(text))
         for old in self.folder.glob("step_*"):
             if old.name != f"step_{step:06d}":

@@ -34,7 +34,11 @@ def finetune(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of text to learn from.")] = 512,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a window, BOS included.")] = 512,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps. Default: 300.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Instead: as many steps as fit in this time, the schedule over them."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 8,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Windows a forward pass, to save memory.")
@@ -60,11 +64,17 @@ def finetune(
     Examples:
       spense finetune ./pruned --teacher ./Llama-3.2-1B --out ./tuned --device cuda
       spense finetune ./pruned --teacher gemma-3-270m --out ./tuned --calibration a.txt --steps 100
+      spense finetune ./pruned --teacher ./Llama-3.2-1B --out ./tuned --device cuda --minutes 2
       spense finetune ./pruned --teacher ./model --out ./tuned --work-dir ./work --resume
     """
     from spense_kernels.finetune import FinetuneConfig
 
-    config = FinetuneConfig(steps=steps, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed)
+    if minutes is not None and steps is not None:
+        raise UserError("finetune: --minutes chooses the number of steps; give one of the two")
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"finetune: --minutes must be above 0, got {minutes}")
+    given = {} if steps is None else {"steps": steps}
+    config = FinetuneConfig(**given, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed)
     device = check_device(device)
     check_replaceable(new_directory(out, force))
     if resume and work_dir is None:
@@ -77,7 +87,10 @@ def finetune(
     models = finetuning.load(checkpoint, teacher, parse_dtype(dtype))
     need_space(out, pruning.checkpoint_size(models.pruned.model))
     windows = pruning.windows(models.pruned.tokenizer, documents, samples, seq_len, seed)
-    result = finetuning.run(models, windows, config, device, work_dir, out, force, text_name)
+    seconds = None if minutes is None else 60.0 * minutes
+    result = finetuning.run(
+        models, windows, config, device, work_dir, out, force, text_name, seconds
+    )
     if json:
         print_json(result)
     else:
