@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 from prune_models import pruned_tensors, quick, same
 
+from spense_kernels.prune import collect_statistics, plan
 from spense_kernels.prune.compress import compress, row_losses
 from spense_kernels.prune.curves import row_curves
 from spense_kernels.prune.order import Problem
@@ -60,3 +61,26 @@ def test_curves_decide_the_widths(gemma, tokens, gemma_statistics):
         dense = sum(s.dense_fraction * s.n * s.k for s in splits) / sum(s.n * s.k for s in splits)
         assert 0.2 < dense <= 0.25
     assert not same(*made)
+
+
+def test_curves_serve_the_next_fraction(gemma, tokens, monkeypatch):
+    """Kept in the statistics for other fractions with the same shares, and nothing else."""
+    statistics = collect_statistics(gemma, tokens, quick(strategy="staircase"))
+    made = []
+    real = plan.row_curves
+    monkeypatch.setattr(plan, "row_curves", lambda *given: made.append(1) or real(*given))
+
+    def run(**changes):
+        made.clear()
+        config = quick(strategy="staircase", **changes)
+        found = pruned_tensors(gemma, tokens, config, statistics=statistics)
+        return found, len(made)
+
+    first, worked = run(dense_fraction=0.25)
+    assert worked > 0
+    assert run(dense_fraction=0.125)[1] == 0
+    assert run(dense_fraction=0.5)[1] == worked  # other shares
+    assert run(refit_steps=3)[1] == worked
+    again, worked = run(dense_fraction=0.25)
+    assert worked == 0
+    assert same(first, again)

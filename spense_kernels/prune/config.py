@@ -175,3 +175,8 @@ class PruneConfig:
     def fingerprint(self) -> str:
         text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def curves_key(self) -> str:
+        """Equal for settings that differ in nothing but the dense fraction and use one list of
+        shares: their row losses are the same."""
+        return self.replace(dense_fraction=0.0, widths=self.shares).fingerprint()
