@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spense_kernels.prune.blocks import blocks
+from spense_kernels.prune.hessian import cholesky
 from spense_kernels.prune.mask import top2_mask
 from spense_kernels.prune.refit import ridged, schur_complement
 
@@ -98,13 +99,13 @@ def _parts(values: Tensor):
 def _inverse(scaled: Tensor, pull: float, before: Tensor | None) -> Tensor:
     """(scaled + pull I)^-1; `before` is that of a pull more than half as large, or None.
 
-    On a GPU the inverse before is improved by Newton's steps, which are matrix products only: a
-    factorisation of many small matrices takes far longer there.
+    On a GPU the inverses before are improved by Newton's steps, which are matrix products only:
+    factorisations of many small matrices take far longer there.
     """
     eye = torch.eye(scaled.shape[-1], device=scaled.device)
     shifted = scaled + pull * eye
-    if before is None or not scaled.is_cuda:
-        return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    if before is None or not scaled.is_cuda or len(scaled) == 1:
+        return torch.cholesky_inverse(cholesky(shifted))
     return newton_inverse(shifted, before)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spense_kernels.errors import PruneError
 
+_BATCHED = 1024  # columns of the largest H that are factorised several at a time
 _BLOCK = 512  # columns of a block of H: only blocks on or above the diagonal are multiplied
 
 
@@ -69,6 +70,16 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
     return out
 
 
+def cholesky(matrix: Tensor) -> Tensor:
+    """Lower factors of [..., K, K]; large ones one by one, for batched routines are for small ones.
+
+    Raises torch.linalg.LinAlgError where one is not positive definite.
+    """
+    if matrix.dim() == 3 and len(matrix) > 1 and matrix.shape[-1] > _BATCHED:
+        return torch.stack([torch.linalg.cholesky(one) for one in matrix])
+    return torch.linalg.cholesky(matrix)
+
+
 def inverse_factor(hessian: Tensor) -> Tensor:
     """Upper triangular U with H^-1 = U^T U, for damped H [..., K, K].
 
@@ -77,8 +88,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
     Raises torch.linalg.LinAlgError when H is not positive definite in float32.
     """
-    flipped = hessian.flip(-1, -2)
-    lower = torch.linalg.cholesky(flipped)
+    lower = cholesky(hessian.flip(-1, -2))
     eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
     return inverse.flip(-1, -2)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spense_kernels.prune.blocks import blocks
+from spense_kernels.prune.hessian import cholesky
 
 ROWS = 512  # rows in work at a time on the CPU, so that their five matrices stay in cache
 
@@ -79,7 +80,7 @@ def schur_complement(hessian: Tensor, start: int) -> tuple[Tensor, Tensor | None
     if start == hessian.shape[-1]:
         return hessian, None
     sparse, dense = slice(0, start), slice(start, None)
-    lower = torch.linalg.cholesky(hessian[:, dense, dense])
+    lower = cholesky(hessian[:, dense, dense])
     back = torch.cholesky_solve(hessian[:, dense, sparse], lower)
     reduced = hessian[:, sparse, sparse] - hessian[:, sparse, dense] @ back
     return 0.5 * (reduced + reduced.transpose(1, 2)), back
