@@ -29,7 +29,14 @@ struct GatedSource {
   int64_t gate_stride, up_stride;
   bool aligned;
 
+  static constexpr bool kRecomputes = true;
+
   __device__ void prefetch(const Slice&) const {}
+
+  __device__ float value(int64_t row, int column) const {
+    return activate<kActivation>(to_float(gate[row * gate_stride + column])) *
+           to_float(up[row * up_stride + column]);
+  }
 
   template <typename TeamType>
   __device__ uint32_t compute(float* v, int64_t row, const Slice& slice, const TeamType&) const {

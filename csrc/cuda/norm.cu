@@ -14,6 +14,8 @@ struct NormSource {
   float eps;
   bool unit_offset, aligned;
 
+  static constexpr bool kRecomputes = false;
+
   __device__ void prefetch(const Slice& slice) const {
     constexpr int kLine = 128 / sizeof(W);
     for (int c = slice.begin + static_cast<int>(threadIdx.x) * kLine; c < slice.end;

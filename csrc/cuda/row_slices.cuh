@@ -5,11 +5,13 @@
 //
 //   many rows: a CTA a row, several CTAs an SM overlap each other's loads, sums and stores
 //   few rows:  up to 8 CTAs a row; the sum and the maximum go through the cluster, and so do those
-//              reads of the gather that leave the slice
+//              reads of the gather that leave the slice, unless the Source can recompute a column
+//              (kRecomputes), which costs less than 4-byte reads of another CTA's memory
 //
 // A Source holds the inputs and brings
 //   prefetch(begin, end)              what it reads that no kernel before writes
 //   compute(v, row, slice, team)      fills v[0, end - begin), returns the bits of the largest |v|
+//   kRecomputes, value(row, column)   whether v[column] follows from that column alone, and how
 // and every thread keeps the columns that for_columns gives it from one pass to the next.
 #pragma once
 
@@ -107,8 +109,9 @@ struct Team {
     for (int step = 16; step > 0; step /= 2) v = combine(v, __shfl_xor_sync(~0u, v, step));
     if (lane == 0) of_warp[warp] = v;
     __syncthreads();
-    v = of_warp[0];
-    for (int w = 1; w < static_cast<int>(blockDim.x) / 32; ++w) v = combine(v, of_warp[w]);
+    v = lane < static_cast<int>(blockDim.x) / 32 ? of_warp[lane] : V{};
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) v = combine(v, __shfl_xor_sync(~0u, v, step));
     if constexpr (kCluster) {
       __shared__ V of_cta[kMaxCluster];
       if (threadIdx.x < size) {
@@ -169,7 +172,9 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
   }
   const uint32_t v_address = ptx::smem_address(v);
   const auto at = [&](int column) {
-    if constexpr (kCluster) {
+    if constexpr (kCluster && Source::kRecomputes) {
+      return source.value(row, column);
+    } else if constexpr (kCluster) {
       const uint32_t owner = __umulhi(static_cast<uint32_t>(column), params.inverse_width);
       const uint32_t offset = static_cast<uint32_t>(column) - owner * params.width;
       return ptx::load_remote(ptx::remote_address(v_address + offset * 4, owner));
@@ -217,7 +222,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
     }
     *reinterpret_cast<Vec<uint16_t, kOutputs / 2>*>(p.y + row * p.y_stride + c) = out;
   }
-  if constexpr (kCluster) {
+  if constexpr (kCluster && !Source::kRecomputes) {
     // The others may still read this CTA's slice.
     if (p.gather) {
       ptx::cluster_arrive();
@@ -233,9 +238,12 @@ void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, 
   const int64_t steps = rows.y_stride / kSliceStep;
   int64_t cluster = 1;
   const auto width_of = [&](int64_t ctas) { return (steps + ctas - 1) / ctas * kSliceStep; };
+  // A gather inside one CTA reads its own shared memory: splitting it must win much to pay.
+  const bool split = !rows.gather || 4 * rows.m <= multiprocessors;
   while (cluster < kMaxCluster &&
          (width_of(cluster) * static_cast<int64_t>(sizeof(float)) > kMaxSmem ||
-          (width_of(2 * cluster) >= least && 2 * cluster * rows.m <= 2 * multiprocessors))) {
+          (split && width_of(2 * cluster) >= least &&
+           2 * cluster * rows.m <= 2 * multiprocessors))) {
     cluster *= 2;
   }
   const int64_t width = width_of(cluster);
@@ -243,8 +251,10 @@ void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, 
                            static_cast<uint32_t>(((int64_t{1} << 32) + width - 1) / width)};
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(rows.m));
-  const int64_t threads = (width / kOutputs + 31) / 32 * 32;
-  shape.block = dim3(static_cast<unsigned>(std::clamp<int64_t>(threads, 32, kMaxThreads)));
+  // As many threads as share the columns evenly: a last pass with few of them busy costs a whole one.
+  const int64_t vectors = width / kOutputs, passes = (vectors + kMaxThreads - 1) / kMaxThreads;
+  const int64_t threads = ((vectors + passes - 1) / passes + 31) / 32 * 32;
+  shape.block = dim3(static_cast<unsigned>(threads));
   shape.smem_bytes = static_cast<int>(width * static_cast<int64_t>(sizeof(float)));
   shape.cluster = static_cast<int>(cluster);
   shape.dependent = true;
