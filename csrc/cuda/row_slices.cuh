@@ -240,10 +240,10 @@ void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, 
   const auto width_of = [&](int64_t ctas) { return (steps + ctas - 1) / ctas * kSliceStep; };
   // A gather inside one CTA reads its own shared memory: splitting it must win much to pay.
   const bool split = !rows.gather || 4 * rows.m <= multiprocessors;
-  while (cluster < kMaxCluster &&
-         (width_of(cluster) * static_cast<int64_t>(sizeof(float)) > kMaxSmem ||
-          (split && width_of(2 * cluster) >= least &&
-           2 * cluster * rows.m <= 2 * multiprocessors))) {
+  while (
+      cluster < kMaxCluster &&
+      (width_of(cluster) * static_cast<int64_t>(sizeof(float)) > kMaxSmem ||
+       (split && width_of(2 * cluster) >= least && 2 * cluster * rows.m <= 2 * multiprocessors))) {
     cluster *= 2;
   }
   const int64_t width = width_of(cluster);
@@ -251,7 +251,7 @@ void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, 
                            static_cast<uint32_t>(((int64_t{1} << 32) + width - 1) / width)};
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(rows.m));
-  // As many threads as share the columns evenly: a last pass with few of them busy costs a whole one.
+  // Threads share the columns evenly: a last pass with few of them busy costs a whole one.
   const int64_t vectors = width / kOutputs, passes = (vectors + kMaxThreads - 1) / kMaxThreads;
   const int64_t threads = ((vectors + passes - 1) / passes + 31) / 32 * 32;
   shape.block = dim3(static_cast<unsigned>(threads));
