@@ -11,7 +11,7 @@ KEY = ("model", "kind", "dense", "what", "batch", "context", "cache")
 
 
 def key_of(point: dict) -> tuple:
-    """What a newer point takes the place of; every run keeps its own dense points to compare with."""
+    """What a newer point takes the place of; each run keeps the dense points it compares with."""
     return (*(point[name] for name in KEY), point["ms"] if point["kind"] == "dense" else None)
 
 
