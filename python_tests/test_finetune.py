@@ -17,6 +17,7 @@ from spense_kernels.finetune import (
     finish_student,
     make_student,
     student_layers,
+    train,
 )
 from spense_kernels.finetune.loss import distillation_loss
 from spense_kernels.finetune.student import kept_places
@@ -200,3 +201,51 @@ def test_a_loss_that_is_no_number_is_an_error(pruned, teacher):
         next(iter(student_layers(student).values())).weight.fill_(float("nan"))
     with pytest.raises(SpenseError, match="the loss of step 0"):
         finetune(student, teacher, WINDOWS, FinetuneConfig(steps=1, batch=2))
+
+
+class HalfSeconds:
+    """A clock that every step moves by 0.5 s; stands for the time module and for the progress."""
+
+    def __init__(self):
+        self.now, self.stages = 0.0, []
+
+    def monotonic(self):
+        return self.now
+
+    def start(self, stage, total):
+        self.stages.append(total)
+
+    def advance(self, count=None):
+        self.now += 0.5 if count is None else 0.0
+
+    def finish(self):
+        pass
+
+
+def test_minutes_become_the_steps_that_fit(pruned, teacher, tmp_path, monkeypatch):
+    """The schedule ends with the run, in the time asked for; a second call has nothing left."""
+    clock = HalfSeconds()
+    monkeypatch.setattr(train, "time", clock)
+    config = FinetuneConfig(minutes=6.0 / 60, batch=2, lr=1e-3)
+    options = {"work_dir": tmp_path, "progress": clock}
+    report = finetune(student_of(pruned), teacher, WINDOWS, config, **options)
+    assert len(report.losses) == report.config.steps == clock.stages[-1] == 13
+    assert report.config.warmup == 6
+    assert report.config.share(12) < 0.1
+    assert clock.now == pytest.approx(6.0, abs=0.5)
+    again = finetune(student_of(pruned), teacher, WINDOWS, config, **options)
+    assert again.first_step == again.config.steps == 13
+    assert not again.losses
+    with pytest.raises(PruneError, match="another model"):
+        finetune(student_of(pruned), teacher, WINDOWS, FinetuneConfig(), work_dir=tmp_path)
+
+
+def test_steps_fitted_to_a_time():
+    config = FinetuneConfig(minutes=1.0)
+    assert config.fitted(6, 0.5, 57.0).steps == 120
+    assert config.fitted(6, 0.5, 57.0).warmup == 20
+    assert config.fitted(6, 0.5, 10.0).warmup == 6
+    assert config.fitted(6, 0.5, -1.0).steps == 6
+    for minutes in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(PruneError, match="minutes must be above 0"):
+            FinetuneConfig(minutes=minutes)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the tables of docs/pruning.md from the committed results, between their markers.
 
-quality.json is the table of single ideas; quality_h100.json holds what was tried on top of it.
+quality.json is the table of single ideas; quality_h100.json holds what was tried on top of it, and
+quality_explore.json what was tried after that.
 
 `python bench/quality/document.py` rewrites the page; `--check` fails when it is out of date.
 """
@@ -79,7 +80,7 @@ def validation(result: dict) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for name, row in result["rows"].items():
-        if re.match(r"s\d ", name):
+        if re.match(r"[se]\d ", name):
             lines.append(
                 f"| {name} | {row['validation']['r']:.3f} ± {row['validation']['r_stderr']:.3f} | "
                 f"{row['test']['r']:.3f} ± {row['test']['r_stderr']:.3f} | "
@@ -106,6 +107,8 @@ def render(page: str) -> str:
     for prefix, name in (("", "quality.json"), ("h100-", "quality_h100.json")):
         result = json.loads((RESULTS / name).read_text(encoding="utf-8"))
         found |= parts(prefix, result)
+    result = json.loads((RESULTS / "quality_explore.json").read_text(encoding="utf-8"))
+    found |= {"explore-setup": setup(result), "explore-steps": validation(result)}
     for marker, text in found.items():
         pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
         if not pattern.search(page):

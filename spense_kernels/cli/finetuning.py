@@ -66,7 +66,7 @@ def run(
     result = {
         "out": str(out),
         "teacher": models.teacher.source,
-        "settings": config.to_json(),
+        "settings": report.config.to_json(),
         "text": {"name": text_name, "windows": list(windows.shape)},
         "first_step": report.first_step,
         "first_loss": report.losses[0] if report.losses else None,

@@ -18,6 +18,8 @@ class FinetuneConfig:
 
     Attributes:
         steps: optimiser steps.
+        minutes: time to spend instead: the first steps are timed, then `steps` becomes what fits,
+            so that the learning rate reaches its end; None for `steps` as it is.
         batch: windows a step, over all processes.
         micro_batch: windows a forward pass; None for all of a process's share at once.
         lr: peak learning rate of Adam; linear warm-up, then a cosine down to `lr_end` * lr.
@@ -30,6 +32,7 @@ class FinetuneConfig:
     """
 
     steps: int = 300
+    minutes: float | None = None
     batch: int = 8
     micro_batch: int | None = None
     lr: float = 1e-4
@@ -48,6 +51,8 @@ class FinetuneConfig:
             _integer(name, getattr(self, name), low)
         if self.micro_batch is not None:
             _integer("micro_batch", self.micro_batch, 1)
+        if self.minutes is not None and not (math.isfinite(self.minutes) and self.minutes > 0):
+            raise PruneError(f"FinetuneConfig: minutes must be above 0, got {self.minutes}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise PruneError(f"FinetuneConfig: lr must be above 0, got {self.lr}")
         if not 0.0 <= self.lr_end <= 1.0:
@@ -61,6 +66,13 @@ class FinetuneConfig:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr_end + (1.0 - self.lr_end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+    def fitted(self, done: int, seconds: float, left: float) -> FinetuneConfig:
+        """With as many steps as fit: `done` so far, `left` seconds at `seconds` a step."""
+        steps = max(1, done + max(0, int(left / seconds)))
+        return dataclasses.replace(
+            self, steps=steps, warmup=min(self.warmup, max(done, steps // 5))
+        )
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -20,13 +21,16 @@ from spense_kernels.models import need
 from spense_kernels.prune.calibrate import check_calibration
 from spense_kernels.prune.store import model_fingerprint, tensor_digest, write_atomic
 
+# Steps before `minutes` is turned into steps; the first ones also compile and allocate.
+_UNTIMED, _TIMED = 2, 4
+
 
 @dataclass
 class FinetuneReport:
     """What a fine-tune did.
 
     Attributes:
-        config: settings used.
+        config: settings used; with `minutes`, `steps` and `warmup` as they were fitted.
         losses: mean KL in nats of every step of this call.
         first_step: where this call went on.
         seconds: wall-clock time of this call.
@@ -102,26 +106,37 @@ class _Run:
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
 
     def train(self, progress, max_seconds) -> FinetuneReport:
-        config, report = self.config, FinetuneReport(self.config)
+        config, report, fitted = self.config, FinetuneReport(self.config), None
         if self.folder is not None:
-            report.first_step = self.folder.load(self.accelerator)
+            report.first_step, fitted = self.folder.load(self.accelerator)
+            if fitted is not None:
+                config = self.config = dataclasses.replace(config, **fitted)
+        clock = None if config.minutes is None or fitted is not None else _Clock(config.minutes)
         if progress is not None:
             progress.start("fine-tune", config.steps)
             progress.advance(report.first_step)
         begin = time.monotonic()
         losses = []
-        for step in range(report.first_step, config.steps):
+        step = report.first_step
+        while step < self.config.steps or clock is not None:
             losses.append(self._step(step))
             report.tokens += config.batch * (self.windows.shape[1] - 1)
-            done = step + 1
+            step = done = step + 1
+            if clock is not None and clock.ready(losses):
+                config = self.config = clock.fit(config, done, self.accelerator)
+                clock, fitted = None, {"steps": config.steps, "warmup": config.warmup}
+                if progress is not None:
+                    progress.start("fine-tune", config.steps)
+                    progress.advance(done - 1)
             if self.folder is not None and (done % config.save_every == 0 or done == config.steps):
-                self.folder.save(self.accelerator, done)
+                self.folder.save(self.accelerator, done, fitted)
             if progress is not None:
                 progress.advance()
             if max_seconds is not None and time.monotonic() - begin > max_seconds:
                 break
         if progress is not None:
             progress.finish()
+        report.config = self.config
         report.losses = [float(loss) for loss in losses]
         report.seconds = time.monotonic() - begin
         return report
@@ -179,6 +194,30 @@ class _Run:
         return torch.cat(rows)
 
 
+class _Clock:
+    """Times the first steps of a run whose length is given in minutes."""
+
+    def __init__(self, minutes: float):
+        self.start = time.monotonic()
+        self.end = self.start + 60.0 * minutes
+
+    def ready(self, losses: list[Tensor]) -> bool:
+        """Call after every step: whether enough steps were timed."""
+        if len(losses) not in (_UNTIMED, _UNTIMED + _TIMED):
+            return False
+        float(losses[-1])  # waits for the device
+        if len(losses) == _UNTIMED:
+            self.start = time.monotonic()
+        return len(losses) != _UNTIMED
+
+    def fit(self, config: FinetuneConfig, done: int, accelerator) -> FinetuneConfig:
+        """The settings with the steps that fit, the same on every process."""
+        now = time.monotonic()
+        times = torch.tensor([(now - self.start) / _TIMED, self.end - now])
+        seconds, left = accelerator.reduce(times.to(accelerator.device), "mean").tolist()
+        return config.fitted(done, seconds, left)
+
+
 def _fingerprint(student: nn.Module, windows: Tensor, config: FinetuneConfig) -> str:
     parts = (config.fingerprint(), model_fingerprint(student), tensor_digest(windows))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -203,21 +242,24 @@ class _State:
     def _read(self) -> dict:
         return json.loads(self.mark.read_text(encoding="utf-8"))
 
-    def load(self, accelerator) -> int:
-        """Load the state, if there is one; returns the step to go on with."""
+    def load(self, accelerator) -> tuple[int, dict | None]:
+        """Load the state, if there is one; the step to go on with and the settings fitted."""
         if not self.mark.exists():
-            return 0
-        step = self._read()["step"]
+            return 0, None
+        known = self._read()
+        step = known["step"]
         accelerator.load_state(str(self.folder / f"step_{step:06d}"))
-        return step
+        return step, known["fitted"]
 
-    def save(self, accelerator, step: int) -> None:
+    def save(self, accelerator, step: int, fitted: dict | None) -> None:
         """Write the new state beside the old one, then name it, then drop the old one."""
         accelerator.save_state(str(self.folder / f"step_{step:06d}"))
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             return
-        text = json.dumps({"fingerprint": self.fingerprint, "step": step}).encode()
+        text = json.dumps(
+            {"fingerprint": self.fingerprint, "step": step, "fitted": fitted}
+        ).encode()
         write_atomic(self.mark, lambda file: file.write(text))
         for old in self.folder.glob("step_*"):
             if old.name != f"step_{step:06d}":

@@ -20,6 +20,7 @@ _CHOICES = {
     "token_weighting": ("norm", "none"),
     "calibration": ("static", "sequential"),
     "budget": ("model", "matrix"),
+    "curves": ("sweep", "refit"),
     "sensitivity_labels": ("model", "text"),
 }
 
@@ -43,7 +44,10 @@ class PruneConfig:
         admm_steps: steps of the search for a better mask after the sweep; 0 for none. About
             doubles the time of a prune on a CPU.
         refit_steps: conjugate-gradient steps on the kept weights after the sweep; 0 for none.
-        curve_refit_steps: staircase only: refit steps before a tile's loss at a width is taken.
+        curves: staircase only: what a tile loses at a width, "sweep" = after the sweep, "refit" =
+            after order search, mask search and refit (about one more prune a width).
+        curve_refit_steps: staircase with curves "sweep": refit steps before a tile's loss at a
+            width is taken.
         damping: added to diag(H), relative to its mean.
         dense_order: "last" lets the error of the 2:4 part flow into the dense columns.
         token_weighting: "norm" weights tokens by 1 / mean(y^2) where y goes straight into an
@@ -93,6 +97,7 @@ class PruneConfig:
     shard_modules: tuple[str, ...] = ("o_proj", "down_proj", "out_proj", "fc2")
     widths: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)
     budget: str = "model"
+    curves: str = "sweep"
     sort_rows: bool = True
     sensitivity_sequences: int = 16
     sensitivity_stride: int = 4

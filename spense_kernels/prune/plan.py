@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spense_kernels.prune.compress import row_curves
 from spense_kernels.prune.config import PruneConfig
+from spense_kernels.prune.curves import finished_curves
 from spense_kernels.prune.groups import Group
 from spense_kernels.prune.hessian import shrunk
 from spense_kernels.prune.order import Problem
@@ -134,7 +135,8 @@ def layer_curves(
         problems = [problem for _, _, problem in members]
         allowed = width_list(config.widths, problems[0].k // problems[0].k_shards)
         generators = [seeded(config, problem.name) for problem in problems]
-        curves = row_curves(problems, allowed, config, generators)
+        losses = finished_curves if config.curves == "refit" else row_curves
+        curves = losses(problems, allowed, config, generators)
         for (index, group, problem), curve in zip(members, curves, strict=True):
             parts = curve.split([w.shape[0] for w in problem.weights], dim=1)
             found[index].update(zip(group.modules, parts, strict=True))

@@ -35,6 +35,10 @@ def finetune(
     samples: Annotated[int, typer.Option(min=1, help="Windows of text to learn from.")] = 512,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a window, BOS included.")] = 512,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Time to spend, instead of --steps: the steps that fit are measured."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 8,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Windows a forward pass, to save memory.")
@@ -61,10 +65,13 @@ def finetune(
       spense finetune ./pruned --teacher ./Llama-3.2-1B --out ./tuned --device cuda
       spense finetune ./pruned --teacher gemma-3-270m --out ./tuned --calibration a.txt --steps 100
       spense finetune ./pruned --teacher ./model --out ./tuned --work-dir ./work --resume
+      spense finetune ./pruned --teacher ./model --out ./tuned --device cuda --minutes 2
     """
     from spense_kernels.finetune import FinetuneConfig
 
-    config = FinetuneConfig(steps=steps, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed)
+    config = FinetuneConfig(
+        steps=steps, minutes=minutes, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed
+    )
     device = check_device(device)
     check_replaceable(new_directory(out, force))
     if resume and work_dir is None:
