@@ -73,6 +73,8 @@ def rival_words(results: dict) -> tuple[str, str]:
 def full_table(results: dict, group: str, dense: float) -> str:
     """Microseconds of ours and every rival, share of the floor; one line a layer and M."""
     points = [p for p in at_fraction(results, dense) if p["group"] == group]
+    if dense != DENSE_FRACTION and any(p["kind"] == "model" for p in points):
+        points = [p for p in points if p["kind"] == "model"]
     head = ["layer", "n x k", "M", "ours, us", *(f"{title}, us" for title, _ in RIVALS)]
     head += ["x cuBLASLt", "TFLOP/s", "GB/s", "of floor"]
     lines = [_row(head), _row(["---"] * len(head))]
@@ -89,7 +91,8 @@ def full_table(results: dict, group: str, dense: float) -> str:
 
 
 def full_tables(results: dict) -> str:
-    """Every group of layers and dense fraction of the file, each under a heading."""
+    """Every group of layers and dense fraction of the file, each under a heading; only whole models
+    at other fractions than the main one."""
     parts = [source_line(results)]
     keys = dict.fromkeys((p["group"], p["dense"]) for p in results["points"])
     for group, dense in sorted(keys):

@@ -80,7 +80,7 @@ def validation(result: dict) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for name, row in result["rows"].items():
-        if re.match(r"[se]\d ", name):
+        if re.match(r"[se]\d+ ", name):
             lines.append(
                 f"| {name} | {row['validation']['r']:.3f} ± {row['validation']['r_stderr']:.3f} | "
                 f"{row['test']['r']:.3f} ± {row['test']['r_stderr']:.3f} | "
