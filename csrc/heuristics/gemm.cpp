@@ -143,8 +143,9 @@ NextLaunch next_launch(const GemmDesc& next, const MaxClusters& fit, const GemmC
                        const ScheduleParams& schedule) {
   // Stream-K's CTAs end one after another: the first would take from the last.
   NextLaunch result;
+  if (choice.mode != Mode::kWhole) return result;
   const GemmChoice after = choose(next, fit);
-  if (choice.mode != Mode::kWhole || group_tiles(*after.config) > 1) return result;
+  if (group_tiles(*after.config) > 1) return result;
   result.schedule = heuristics::schedule(next, after, cluster_slots(next, fit, *after.config));
   result.splits = after.config->splits;
   result.ctas = result.schedule.clusters * result.splits;

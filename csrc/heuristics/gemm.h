@@ -48,7 +48,7 @@ inline constexpr int kMaxSplits = 4;
 inline constexpr int kWStageBytes = format::kSparseUnitBytes;
 
 // The consumers, and a warpgroup of which two warps load; it hands its registers to the consumers.
-constexpr int threads(const GemmConfig&) { return kConsumerWarpgroups * 128 + 128; }
+inline constexpr int kThreads = (kConsumerWarpgroups + 1) * 128;
 constexpr int cluster_size(const GemmConfig& c) { return c.cluster_rows * c.splits; }
 // Token groups of 8 of a tile that each of the CTAs finishes that split its K.
 constexpr int own_groups(const GemmConfig& c) { return (c.tokens / 8 + c.splits - 1) / c.splits; }

@@ -9,8 +9,7 @@
 // Persistent CTAs, one a multiprocessor:
 //   warps 0-3, 4-7   consumers, 64 rows of the CTA's tile or a tile each: multiply, combine, store
 //   warp 8           weights: walks the heuristics::Schedule, tells the others (JobRing), and
-//   copies
-//                    units, which starts before the kernel ahead has finished
+//                    copies units, which starts before the kernel ahead has finished
 //   warp 9           activations: tensor copies, shared by the CTAs of the cluster
 #pragma once
 

@@ -122,8 +122,7 @@ class WeightLoader {
   __device__ void finish() const {
     const uint8_t* next = issued_ > T::kWSlots ? next_ : next_launch();
     if (next == nullptr) return;
-    prefetch(next, p_.next.w + int64_t{p_.next.launch.schedule.stream_blocks} * format::kBlockBytes,
-             p_.next.bytes);
+    prefetch(next, p_.next.w, p_.next.launch.schedule, heuristics::kNextBytes);
   }
 
  private:
@@ -167,7 +166,7 @@ class WeightLoader {
   // With the rings full for the first time there is nothing else to do until the kernel ahead is
   // done: brings some more into L2 and finds where the next launch will begin.
   __device__ void look_ahead(const uint8_t* unit) {
-    prefetch(unit, p_.w + int64_t{p_.schedule.stream_blocks} * format::kBlockBytes, p_.ahead_bytes);
+    prefetch(unit, p_.w, p_.schedule, heuristics::kAheadBytes);
     next_ = next_launch();
   }
   __device__ const uint8_t* next_launch() const {
@@ -185,8 +184,11 @@ class WeightLoader {
            (cta < launch.early ? launch.early_bytes : 0);
   }
 
-  __device__ static void prefetch(const uint8_t* from, const uint8_t* end, int bytes) {
+  // Up to `bytes` of a tile stream that begins at w.
+  __device__ static void prefetch(const uint8_t* from, const uint8_t* w,
+                                  const heuristics::ScheduleParams& schedule, int bytes) {
     constexpr int kPiece = 16 * 1024;
+    const uint8_t* end = w + int64_t{schedule.stream_blocks} * format::kBlockBytes;
     if (ptx::lane_id() != 0) return;
     for (int i = 0; i < bytes && from + i + kPiece <= end; i += kPiece) {
       ptx::bulk_prefetch_l2(from + i, kPiece);

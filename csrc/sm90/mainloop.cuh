@@ -8,9 +8,10 @@
 namespace spense::sm90 {
 
 // One consumer warpgroup. With one row tile a CTA it multiplies 64 of its rows, with two it has a
-// tile for itself. It works block by block of x: the instructions of a block are one group, and
-// while they run the next block's barriers and metadata are read and the block before is given
-// back. That keeps a slot of x no longer than its latency and two blocks' work.
+// tile for itself. It works block by block of x: the instructions of a block are one group. With
+// kPromote it waits for each; else the next block's barriers and metadata are read meanwhile and
+// the block before is given back, which keeps a slot of x no longer than its latency and two
+// blocks' work.
 template <class T>
 class Multiplier {
  public:

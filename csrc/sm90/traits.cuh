@@ -45,7 +45,7 @@ struct Traits {
 
   static constexpr int kJobStages = heuristics::kJobStages;
 
-  static constexpr int kThreads = heuristics::threads(kConfig);
+  static constexpr int kThreads = heuristics::kThreads;
   static constexpr int kConsumerThreads = heuristics::kConsumerWarpgroups * 128;
   static constexpr int kPartRows = 64;  // wgmma's M
   // Parts of 64 rows that a consumer warpgroup multiplies, and of the tile that it works on.
