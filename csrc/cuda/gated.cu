@@ -66,13 +66,11 @@ void run(const GatedArgs& args, Stream stream) {
   source.up_stride = args.up_stride;
   source.aligned =
       aligned_rows<T>(args.rows.x, args.rows.x_stride) && aligned_rows<T>(args.up, args.up_stride);
-  for (int64_t row = 0; row < args.rows.m;) {
-    const QuantizeArgs part = some_rows(args.rows, row);
+  for_parts(args.rows, [&](const QuantizeArgs& part, int64_t row) {
     source.gate = static_cast<const T*>(part.x);
     source.up = static_cast<const T*>(args.up) + row * args.up_stride;
     launch_rows(source, part, kLeastColumns, stream);
-    row += part.m;
-  }
+  });
 }
 
 template <typename T>
@@ -90,14 +88,7 @@ void run(const GatedArgs& args, Stream stream) {
 }  // namespace
 
 void gated_quantize(const GatedArgs& args, Stream stream) {
-  switch (args.rows.in) {
-    case InType::kBFloat16:
-      return run<__nv_bfloat16>(args, stream);
-    case InType::kFloat16:
-      return run<__half>(args, stream);
-    case InType::kFloat32:
-      return run<float>(args, stream);
-  }
+  with_type(args.rows.in, [&]<typename T>() { run<T>(args, stream); });
 }
 
 }  // namespace spense::cuda

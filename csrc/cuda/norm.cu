@@ -87,33 +87,21 @@ void run(const NormArgs& args, Stream stream) {
                    aligned_rows<T>(args.residual, args.residual_stride) &&
                    aligned_rows<W>(args.weight, 0) &&
                    (!args.residual || aligned_rows<T>(args.sum, args.rows.k));
-  for (int64_t row = 0; row < args.rows.m;) {
-    const QuantizeArgs part = some_rows(args.rows, row);
+  for_parts(args.rows, [&](const QuantizeArgs& part, int64_t row) {
     source.x = static_cast<const T*>(part.x);
     source.residual =
         args.residual ? static_cast<const T*>(args.residual) + row * args.residual_stride : nullptr;
     source.sum = static_cast<T*>(args.sum) + row * args.rows.k;
     launch_rows(source, part, kLeastColumns, stream);
-    row += part.m;
-  }
-}
-
-template <typename T>
-void run(const NormArgs& args, Stream stream) {
-  args.float_weight ? run<T, float>(args, stream) : run<T, T>(args, stream);
+  });
 }
 
 }  // namespace
 
 void norm_quantize(const NormArgs& args, Stream stream) {
-  switch (args.rows.in) {
-    case InType::kBFloat16:
-      return run<__nv_bfloat16>(args, stream);
-    case InType::kFloat16:
-      return run<__half>(args, stream);
-    case InType::kFloat32:
-      return run<float, float>(args, stream);
-  }
+  with_type(args.rows.in, [&]<typename T>() {
+    args.float_weight ? run<T, float>(args, stream) : run<T, T>(args, stream);
+  });
 }
 
 }  // namespace spense::cuda

@@ -6,13 +6,9 @@
 //              for its maximum, which costs L2 reads and saves a second pass
 //   many rows: 4 or 8 bytes a column, one slice
 //   rows too long for shared memory: one row a CTA, the second read comes from L2
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
-#include <algorithm>
-
-#include "cuda/quantize.h"
+#include "cuda/rows.cuh"
 #include "device/launch.h"
 #include "device/ptx.cuh"
 
@@ -21,15 +17,9 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxSmem = 220 * 1024;
 constexpr int kRowPad = 128;         // rows of y are this multiple long
 constexpr int kSliceColumns = 1024;  // no slice is worth less
-constexpr uint32_t kInfinityBits = 0x7F800000u;
 constexpr uint16_t kNanPair = 0x7F7F;
-
-__device__ float to_float(float v) { return v; }
-__device__ float to_float(__half v) { return __half2float(v); }
-__device__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 // Magnitudes are compared as integers: the bits of |x| order as the numbers do, NaN above all.
 // Elements of 16 bits come two a word.
@@ -284,25 +274,9 @@ void run(const QuantizeArgs& args, Stream stream) {
 }  // namespace
 
 void quantize_fp8(const QuantizeArgs& args, Stream stream) {
-  constexpr int64_t kMaxGridRows = 65535;  // of grid.y
-  for (int64_t row = 0; row < args.m; row += kMaxGridRows) {
-    QuantizeArgs part = args;
-    part.m = std::min(kMaxGridRows, args.m - row);
-    part.x = static_cast<const char*>(args.x) + row * args.x_stride * bytes_of(args.in);
-    part.y = args.y + row * args.y_stride;
-    part.scale = args.scale + row;
-    switch (args.in) {
-      case InType::kBFloat16:
-        run<__nv_bfloat16>(part, stream);
-        break;
-      case InType::kFloat16:
-        run<__half>(part, stream);
-        break;
-      case InType::kFloat32:
-        run<float>(part, stream);
-        break;
-    }
-  }
+  for_parts(args, [&](const QuantizeArgs& part, int64_t) {
+    with_type(args.in, [&]<typename T>() { run<T>(part, stream); });
+  });
 }
 
 }  // namespace spense::cuda

@@ -15,13 +15,10 @@
 // and every thread keeps the columns that for_columns gives it from one pass to the next.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
-#include <algorithm>
-
 #include "cuda/neighbours.h"
+#include "cuda/rows.cuh"
 #include "device/launch.h"
 #include "device/ptx.cuh"
 #include "device/ptx_rows.cuh"
@@ -32,10 +29,8 @@ namespace {
 constexpr int kMaxThreads = 512;
 constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr int kMaxCluster = 8;
-constexpr int kMaxSmem = 220 * 1024;
 constexpr int kSliceStep = 128;  // slices are multiples of this many columns
 constexpr int kOutputs = 8;      // bytes that one thread writes at once
-constexpr uint32_t kInfinityBits = 0x7F800000u;
 constexpr uint32_t kNanBytes = 0x7F7F;
 static_assert(kMaxFusedColumns <= kMaxCluster * (kMaxSmem / int{sizeof(float)}));
 
@@ -59,9 +54,6 @@ __device__ Vec<T, kCount> load_once(const T* from) {
   }
 }
 
-__device__ inline float to_float(float v) { return v; }
-__device__ inline float to_float(__half v) { return __half2float(v); }
-__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ inline void from_float(float v, float& to) { to = v; }
 __device__ inline void from_float(float v, __half& to) { to = __float2half_rn(v); }
 __device__ inline void from_float(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
@@ -262,17 +254,6 @@ void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, 
       cluster > 1 ? &quantize_computed_rows<Source, true> : &quantize_computed_rows<Source, false>;
   if (shape.smem_bytes > 48 * 1024) allow_smem(kernel, kMaxSmem);
   launch(kernel, shape, stream, source, rows, params);
-}
-
-// The rows from `row` on, as many as one launch takes.
-inline QuantizeArgs some_rows(const QuantizeArgs& args, int64_t row) {
-  constexpr int64_t kMaxGridRows = 65535;  // of grid.y
-  QuantizeArgs part = args;
-  part.m = std::min(kMaxGridRows, args.m - row);
-  part.x = static_cast<const char*>(args.x) + row * args.x_stride * bytes_of(args.in);
-  part.y = args.y + row * args.y_stride;
-  part.scale = args.scale + row;
-  return part;
 }
 
 template <typename T>
