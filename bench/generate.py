@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import transformers
 from decoding.models import MODELS, ModelShape
 from gemm.machine import machine
 from gemm.operands import random_fp8
+from gemm.report import write_points
 from torch import Tensor, nn
 
 from spense_kernels import SpenseLinear, neighbours
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
             ratio = f"{rival[0]['ms'] / point['ms']:.3f}x" if rival else ""
             points.append(point)
             if args.out:
-                write(args.out, run, points)
+                write_points(args.out, run, points)
             print(
                 f"{shape.name} {kind:<7} batch {batch:>3}, context {args.context}: "
                 f"{point['ms']:8.3f} ms/token {point['tokens_per_s']:9.1f} tokens/s {ratio} "
@@ -213,12 +213,6 @@ def main(arguments: list[str] | None = None) -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def write(path: Path, run: dict, points: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(json.dumps(point) for point in points)
-    path.write_text(f'{{"run": {json.dumps(run)},\n"points": [\n{rows}\n]}}\n')
 
 
 if __name__ == "__main__":

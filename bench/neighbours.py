@@ -11,7 +11,6 @@ same bytes in the same way.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ import torch
 from gemm.ceiling import RINGS, _launch
 from gemm.machine import machine
 from gemm.operands import reuse_bytes
+from gemm.report import write_points
 from gemm.timing import Recorder
 from torch import Tensor
 
@@ -151,13 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
                 points.append(measure(op, m, recorder))
                 print(line(points[-1]), flush=True)
             if args.out:
-                write(args.out, run, points)
-
-
-def write(path: Path, run: dict, points: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(json.dumps(point) for point in points)
-    path.write_text(f'{{"run": {json.dumps(run)},\n"points": [\n{rows}\n]}}\n')
+                write_points(args.out, run, points)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,12 @@ class Results:
         os.replace(fresh, path)
 
 
+def write_points(path: Path, run: dict, points: list[dict]) -> None:
+    """One run and its points."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"run": {json.dumps(run)},\n"points": [\n{_rows(points)}]}}\n')
+
+
 def _rows(rows: list[dict]) -> str:
     """One entry a line, so that a diff shows which moved."""
     return ",\n".join(json.dumps(row) for row in rows) + ("\n" if rows else "")

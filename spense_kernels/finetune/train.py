@@ -19,7 +19,7 @@ from spense_kernels.finetune.loss import distillation_loss
 from spense_kernels.finetune.student import student_layers
 from spense_kernels.models import need
 from spense_kernels.prune.calibrate import check_calibration
-from spense_kernels.prune.store import model_fingerprint, tensor_digest, write_atomic
+from spense_kernels.prune.store import model_fingerprint, tensor_digest, write_text
 
 # Steps before `minutes` is turned into steps; the first ones also compile and allocate.
 _UNTIMED, _TIMED = 2, 4
@@ -257,10 +257,8 @@ class _State:
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             return
-        text = json.dumps(
-            {"fingerprint": self.fingerprint, "step": step, "fitted": fitted}
-        ).encode()
-        write_atomic(self.mark, lambda file: file.write(text))
+        state = {"fingerprint": self.fingerprint, "step": step, "fitted": fitted}
+        write_text(self.mark, json.dumps(state))
         for old in self.folder.glob("step_*"):
             if old.name != f"step_{step:06d}":
                 for path in sorted(old.rglob("*"), reverse=True):
