@@ -91,12 +91,21 @@ CASES = [
     Case(2, 1, torch.float32, True, 1),
     Case(2, 127, torch.float16, False, 127),
     Case(1, 5120, torch.bfloat16, True, 5120),
-    Case(2, 8192, torch.bfloat16, True, 8192),  # a cluster of 2
-    Case(1, 25600, torch.bfloat16, True, 25600),  # of 4 and of 8
+    Case(1, 8200, torch.bfloat16, True, 8200),  # clusters of 2 and of 4
+    Case(1, 25600, torch.bfloat16, True, 25600),  # of 4
     Case(1, 25600, torch.bfloat16, False, 25600),
     Case(1, 60000, torch.float32, True, 60000),  # too long for one CTA
     Case(2, 60007, torch.float16, True, 60013, multiprocessors=1),  # and not aligned
     Case(5, 640, torch.bfloat16, True, 643),
+    Case(1, 70000, torch.bfloat16, True, 70000),  # places of a gather in more than 16 bits
+    # CTAs that stay: two rows at a time, four, one long row; as loads and as copies
+    *[Case(9, 650, dtype, True, 656, multiprocessors=1) for dtype in DTYPES],
+    *[Case(22, 650, dtype, True, 656, multiprocessors=1) for dtype in DTYPES],
+    Case(22, 650, torch.bfloat16, True, 651, multiprocessors=1),
+    Case(21, 384, torch.float16, False, 384, multiprocessors=1),
+    Case(14, 5300, torch.bfloat16, True, 5304, multiprocessors=1),
+    Case(3, 9000, torch.float16, True, 9000, multiprocessors=1),
+    Case(4, 17000, torch.bfloat16, True, 17008, multiprocessors=1),
 ]
 
 
@@ -136,8 +145,8 @@ def test_clusters_are_taken_where_rows_are_few_and_long(program, tmp_path):
 
     assert cluster(1, 25600, "gated", 132) == "cluster 8"
     assert cluster(40, 2048, "gated", 4) == "cluster 1"
-    assert cluster(1, 5120, "norm", 132) == "cluster 1"
-    assert cluster(1, 8192, "norm", 132) == "cluster 2"
+    assert cluster(1, 8192, "norm", 132) == "cluster 1"
+    assert cluster(1, 16384, "norm", 132) == "cluster 2"
 
 
 def test_a_row_that_is_not_finite(program, tmp_path):
@@ -149,17 +158,17 @@ def test_a_row_that_is_not_finite(program, tmp_path):
 
 
 def test_a_wrong_place_in_a_cluster_is_noticed(tmp_path):
-    """The same program, but reads from another CTA of the cluster miss by one column."""
+    """The same program, but bytes for the other CTAs of the cluster miss by 8 columns."""
     sources = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", sources)
-    header = sources / "cuda" / "row_slices.cuh"
+    header = sources / "cuda" / "held_rows.cuh"
     text = header.read_text()
-    wrong = text.replace("static_cast<uint32_t>(column) - owner", "(column ^ 1u) - owner")
+    wrong = text.replace("smem_address(row_memory + c)", "smem_address(row_memory + (c ^ 8))")
     assert wrong != text
     header.write_text(wrong)
-    case = Case(1, 8192, torch.bfloat16, True, 8192)
+    case = Case(1, 16384, torch.bfloat16, True, 16384)
     program = compile_program(tmp_path, sources)
-    weight = torch.ones(8192)
+    weight = torch.ones(16384)
     y, _, _, _ = case.run(program, tmp_path, "norm", weight, 0, False)
     wanted, _ = ops.rms_norm_quantize(case.columns(case.x), weight, case.order, eps=EPS)
     assert not torch.equal(y, wanted.view(torch.uint8))

@@ -1,9 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // rms_norm_quantize and add_rms_norm_quantize.
-#include "cuda/row_slices.cuh"
+#include "cuda/held_rows.cuh"
 
 namespace spense::cuda {
 namespace {
+
+// |v| as float64, by integer steps: the conversion runs at an eighth of their rate. Zero and
+// subnormals become 2^-127 or more, whose square no float32 shows, infinity and NaN 2^128 or more,
+// whose square is infinity in float32.
+__device__ inline double magnitude(float v) {
+  constexpr uint32_t kBias = (1023 - 127) << 20;
+  const uint32_t bits = __float_as_uint(v) & 0x7FFFFFFFu;
+  return __hiloint2double(static_cast<int>((bits >> 3) + kBias), static_cast<int>(bits << 29));
+}
 
 template <typename T, typename W>
 struct NormSource {
@@ -14,68 +23,59 @@ struct NormSource {
   float eps;
   bool unit_offset, aligned;
 
-  static constexpr bool kRecomputes = false;
+  using Element = T;
+  using Kept = Eight<T>;
+  using Held = Eight<W>;
+  static constexpr bool kSums = true;
+  static constexpr int kMaxRows = sizeof(T) == 2 ? 4 : 2;
+  static constexpr int kMaxVectors = 2;
 
-  __device__ void prefetch(const Slice& slice) const {
-    constexpr int kLine = 128 / sizeof(W);
-    for (int c = slice.begin + static_cast<int>(threadIdx.x) * kLine; c < slice.end;
-         c += blockDim.x * kLine) {
-      ptx::prefetch_l2(weight + c);
-    }
+  __host__ __device__ int inputs() const { return residual ? 2 : 1; }
+  __device__ const T* row(int input, int64_t m) const {
+    return input == 0 ? x + m * x_stride : residual + m * residual_stride;
+  }
+  __device__ Held hold(int c, int columns) const {
+    return load_columns(weight + c, columns - c, aligned);
   }
 
-  template <typename TeamType>
-  __device__ uint32_t compute(float* v, int64_t row, const Slice& slice,
-                              const TeamType& team) const {
-    const T* x_row = x + row * x_stride;
-    const T* residual_row = residual + row * residual_stride;
-    T* sum_row = sum + row * k;
-    double squares[2] = {};
-    for_columns<T>(slice, aligned, [&](int c, auto count) {
-      constexpr int n = decltype(count)::value;
-      auto s = load_once<n>(x_row + c);
-      if (residual) {
-        const auto r = load_once<n>(residual_row + c);
+  __device__ Kept take(const Eight<T> (&in)[2], int64_t m, int c, int left, double& squares) const {
+    Kept s = in[0];
+    if (residual) {
 #pragma unroll
-        for (int i = 0; i < n; ++i) {
-          from_float(__fadd_rn(to_float(s.at[i]), to_float(r.at[i])), s.at[i]);
-        }
-        *reinterpret_cast<Vec<T, n>*>(sum_row + c) = s;
+      for (int i = 0; i < 8; i += 2) {
+        s.set_pair(i, __fadd_rn(s.get(i), in[1].get(i)), __fadd_rn(s.get(i + 1), in[1].get(i + 1)));
       }
-      Vec<float, n> wide;
+      store_columns(sum + m * k + c, s, left, aligned);
+    }
+    double both[2] = {squares, 0.0};
 #pragma unroll
-      for (int i = 0; i < n; ++i) {
-        wide.at[i] = to_float(s.at[i]);
-        squares[i % 2] =
-            fma(static_cast<double>(wide.at[i]), static_cast<double>(wide.at[i]), squares[i % 2]);
-      }
-      *reinterpret_cast<Vec<float, n>*>(v + (c - slice.begin)) = wide;
-    });
-    const double total = team.template reduce<0>(squares[0] + squares[1]);
+    for (int i = 0; i < 8; ++i) {
+      const double v = magnitude(s.get(i));
+      both[i % 2] = fma(v, v, both[i % 2]);
+    }
+    squares = both[0] + both[1];
+    return s;
+  }
+  __device__ float factor(double total) const {
     const float mean = __fdiv_rn(static_cast<float>(total), static_cast<float>(k));
-    const float r = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, eps)));
-    uint32_t peak = 0;
-    for_columns<T>(slice, aligned, [&](int c, auto count) {
-      constexpr int n = decltype(count)::value;
-      float* at = v + (c - slice.begin);
-      auto s = load<n>(at);
-      const auto w = load<n>(weight + c);
+    return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, eps)));
+  }
+  __device__ float value(const Kept& s, int i, float r, const Held& held) const {
+    float w = held.get(i);
+    if (unit_offset) w = __fadd_rn(1.0f, w);
+    return __fmul_rn(__fmul_rn(s.get(i), r), w);
+  }
+  __device__ uint32_t raise(uint32_t peak, const Kept& s, float r, const Held& held) const {
+    float largest = __uint_as_float(peak);
 #pragma unroll
-      for (int i = 0; i < n; ++i) {
-        float factor = to_float(w.at[i]);
-        if (unit_offset) factor = __fadd_rn(1.0f, factor);
-        s.at[i] = __fmul_rn(__fmul_rn(s.at[i], r), factor);
-        peak = max(peak, magnitude_bits(s.at[i]));
-      }
-      *reinterpret_cast<Vec<float, n>*>(at) = s;
-    });
-    return peak;
+    for (int i = 0; i < 8; ++i) largest = ptx::larger_magnitude(largest, value(s, i, r, held));
+    return __float_as_uint(largest);
   }
 };
 
 template <typename T, typename W>
 void run(const NormArgs& args, Stream stream) {
-  constexpr int64_t kLeastColumns = 4096;
+  constexpr int64_t kLeastColumns = 8192;
   NormSource<T, W> source;
   source.weight = static_cast<const W*>(args.weight);
   source.x_stride = args.rows.x_stride;
@@ -87,13 +87,10 @@ void run(const NormArgs& args, Stream stream) {
                    aligned_rows<T>(args.residual, args.residual_stride) &&
                    aligned_rows<W>(args.weight, 0) &&
                    (!args.residual || aligned_rows<T>(args.sum, args.rows.k));
-  for_parts(args.rows, [&](const QuantizeArgs& part, int64_t row) {
-    source.x = static_cast<const T*>(part.x);
-    source.residual =
-        args.residual ? static_cast<const T*>(args.residual) + row * args.residual_stride : nullptr;
-    source.sum = static_cast<T*>(args.sum) + row * args.rows.k;
-    launch_rows(source, part, kLeastColumns, stream);
-  });
+  source.x = static_cast<const T*>(args.rows.x);
+  source.residual = static_cast<const T*>(args.residual);
+  source.sum = static_cast<T*>(args.sum);
+  launch_rows(source, args.rows, kLeastColumns, stream);
 }
 
 }  // namespace

@@ -8,16 +8,118 @@
 #include <algorithm>
 
 #include "cuda/quantize.h"
+#include "device/ptx.cuh"
 
 namespace spense::cuda {
 namespace {
 
 constexpr int kMaxSmem = 220 * 1024;
+constexpr int64_t kMaxGridRows = 65535;  // of grid.y
 constexpr uint32_t kInfinityBits = 0x7F800000u;
+constexpr uint32_t kNanBits = 0x7FC00000u;
 
 __device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(__half v) { return __half2float(v); }
 __device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+__device__ inline uint32_t pair_bits(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t pair_bits(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// 8 neighbouring elements. As words, because the compiler would give each half a register.
+template <typename T>
+struct alignas(16) Eight {
+  static constexpr int kWords = 2 * static_cast<int>(sizeof(T));
+  uint32_t words[kWords];
+
+  __device__ float get(int i) const {
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(words[i]);
+    } else {
+      const auto bits = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+      return to_float(*reinterpret_cast<const T*>(&bits));
+    }
+  }
+  // Elements i and i + 1, i even, rounded to T.
+  __device__ void set_pair(int i, float low, float high) {
+    if constexpr (sizeof(T) == 4) {
+      words[i] = __float_as_uint(low), words[i + 1] = __float_as_uint(high);
+    } else {
+      words[i / 2] = pair_bits(low, high, T{});
+    }
+  }
+  // Moves all elements down by one and puts the one at `from` (zero for null) behind them.
+  __device__ void push(const T* from) {
+    constexpr int kShift = 8 * static_cast<int>(sizeof(T)) % 32;
+    uint32_t last = 0;
+    if (from) {
+      if constexpr (sizeof(T) == 4) {
+        last = *reinterpret_cast<const uint32_t*>(from);
+      } else {
+        last = *reinterpret_cast<const uint16_t*>(from);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const uint32_t next = i + 1 < kWords ? words[i + 1] : last;
+      words[i] = kShift ? words[i] >> kShift | next << kShift : next;
+    }
+  }
+};
+
+// The first `left` of 8 elements, zero for the others. Nobody reads them again soon.
+template <typename T>
+__device__ Eight<T> load_columns(const T* from, int left, bool aligned) {
+  Eight<T> v = {};
+  if (aligned && left >= 8) {
+#pragma unroll
+    for (int i = 0; i < Eight<T>::kWords / 4; ++i) {
+      const uint4 four = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+      v.words[4 * i] = four.x, v.words[4 * i + 1] = four.y;
+      v.words[4 * i + 2] = four.z, v.words[4 * i + 3] = four.w;
+    }
+  } else {
+    // Rolled, so that the rare case takes no registers from the common one.
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i) v.push(i < left ? from + i : nullptr);
+  }
+  return v;
+}
+
+// Stores the first `left` of 8 elements.
+template <typename T>
+__device__ void store_columns(T* to, Eight<T> v, int left, bool aligned) {
+  if (aligned && left >= 8) {
+    *reinterpret_cast<Eight<T>*>(to) = v;
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < left && i < 8; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      *reinterpret_cast<uint32_t*>(to + i) = v.words[0];
+    } else {
+      *reinterpret_cast<uint16_t*>(to + i) = static_cast<uint16_t>(v.words[0]);
+    }
+    v.push(nullptr);
+  }
+}
+
+// Makes the compiler compute anew what it derived from v, rather than keep that in registers.
+template <typename T>
+__device__ void forget_derived(Eight<T>& v) {
+#pragma unroll
+  for (uint32_t& word : v.words) ptx::pin(word);
+}
+
+template <typename T>
+bool aligned_rows(const void* base, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * sizeof(T) % 16 == 0;
+}
 
 // Calls run.operator()<T>() with the type of the elements.
 template <typename Run>
@@ -35,7 +137,6 @@ void with_type(InType type, Run run) {
 // Calls launch(part, first row) for as many rows at a time as one grid takes.
 template <typename Launch>
 void for_parts(const QuantizeArgs& args, Launch launch) {
-  constexpr int64_t kMaxGridRows = 65535;  // of grid.y
   for (int64_t row = 0; row < args.m; row += kMaxGridRows) {
     QuantizeArgs part = args;
     part.m = std::min(kMaxGridRows, args.m - row);

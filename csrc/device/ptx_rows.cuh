@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // PTX leaves of kernels that work on rows: shared memory of the other CTAs of a cluster,
-// prefetches, powers of two.
+// copies to shared memory, maxima, powers of two.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +13,6 @@ __device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t ra
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
 }
-__device__ __forceinline__ float load_remote(uint32_t remote) {
-  float v;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
-  return v;
-}
 __device__ __forceinline__ void store_remote(uint32_t remote, uint32_t v) {
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote), "r"(v) : "memory");
 }
@@ -25,9 +20,23 @@ __device__ __forceinline__ void store_remote(uint32_t remote, double v) {
   asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(remote), "d"(v) : "memory");
 }
 
-// Brings the line into L2; harmless for any mapped address.
-__device__ __forceinline__ void prefetch_l2(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+__device__ __forceinline__ void store_remote(uint32_t remote, uint64_t v) {
+  asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(remote), "l"(v) : "memory");
+}
+
+// 16 bytes that only this thread reads, once copy_async_wait has returned.
+__device__ __forceinline__ void copy_async(uint32_t smem, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(global) : "memory");
+}
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// The larger of peak and |v|; NaN if one is.
+__device__ __forceinline__ float larger_magnitude(float peak, float v) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(peak), "f"(fabsf(v)));
+  return result;
 }
 
 // 2^t, relative error below 2^-22; results below 2^-126 are 0.

@@ -17,7 +17,7 @@
 
 namespace spense::cuda {
 namespace {
-thread_local float v[kMaxSmem / sizeof(float)] __attribute__((aligned(16)));
+thread_local unsigned char row_memory[kMaxSmem] __attribute__((aligned(16)));
 int multiprocessors;
 }  // namespace
 

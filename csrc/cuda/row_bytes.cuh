@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// Quantised bytes of one to four rows: in shared memory those of a column beside each other, from
+// where they are gathered and stored to y.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include "cuda/rows.cuh"
+
+namespace spense::cuda {
+namespace {
+
+constexpr int kColumns = 8;  // neighbouring columns of a thread
+
+struct Places {
+  uint32_t pairs[kColumns / 2];  // of 16 bits
+};
+
+// Where the bytes of a column lie. A thread writes 8 columns at once, for 4 rows two 16-byte slots;
+// exchanging them in every other run of lanes spreads a warp's over all banks.
+template <int kRows>
+__device__ int place_of(int column) {
+  if constexpr (kRows < 4) return column * kRows;
+  return ((column / 4) ^ (column / 32 & 1)) * 16 + column % 4 * 4;
+}
+
+// Places of the columns that output columns c to c + 8 come from.
+template <int kRows>
+__device__ void read_gather(const QuantizeArgs& p, int c, int (&places)[kColumns]) {
+  const int k = static_cast<int>(p.k);
+  const bool aligned = reinterpret_cast<uintptr_t>(p.gather) % 16 == 0;
+  const Eight<int> columns = load_columns(p.gather + c, k - c, aligned);
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    const uint32_t column = columns.words[i];
+    places[i] = place_of<kRows>(column < static_cast<uint32_t>(k) ? static_cast<int>(column) : 0);
+  }
+}
+
+__device__ inline uint32_t fp8_pair(float low, float high) {
+  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
+}
+
+struct alignas(8) Bytes8 {
+  uint32_t low, high;
+};
+
+// Columns c to c + 8 of a row of y; those from k on are zero.
+__device__ inline void store_bytes(const QuantizeArgs& p, int64_t row, int c, Bytes8 bytes) {
+  const int left = static_cast<int>(p.k) - c;
+  if (left < kColumns) {
+    bytes.low &= left >= 4 ? ~0u : left > 0 ? ~0u >> (32 - 8 * left) : 0u;
+    bytes.high &= left > 4 ? ~0u >> (64 - 8 * left) : 0u;
+  }
+  *reinterpret_cast<Bytes8*>(p.y + row * p.y_stride + c) = bytes;
+}
+
+// Byte r of w[0..3].
+__device__ inline void transpose_bytes(const uint32_t* w, uint32_t (&rows)[4]) {
+  const uint32_t a = __byte_perm(w[0], w[1], 0x5140), b = __byte_perm(w[2], w[3], 0x5140);
+  const uint32_t c = __byte_perm(w[0], w[1], 0x7362), d = __byte_perm(w[2], w[3], 0x7362);
+  rows[0] = __byte_perm(a, b, 0x5410);
+  rows[1] = __byte_perm(a, b, 0x7632);
+  rows[2] = __byte_perm(c, d, 0x5410);
+  rows[3] = __byte_perm(c, d, 0x7632);
+}
+
+extern __shared__ __align__(16) unsigned char row_memory[];
+
+// Columns at the given places, of all rows.
+template <int kRows>
+__device__ void gather_bytes(const int (&places)[kColumns], Bytes8 (&rows)[kRows]) {
+  uint32_t w[kColumns];
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    const unsigned char* at = row_memory + places[i];
+    if constexpr (kRows == 1) {
+      w[i] = *at;
+    } else if constexpr (kRows == 2) {
+      w[i] = *reinterpret_cast<const uint16_t*>(at);
+    } else {
+      w[i] = *reinterpret_cast<const uint32_t*>(at);
+    }
+  }
+  if constexpr (kRows == 1) {
+    rows[0].low = __byte_perm(w[0] | w[1] << 8, w[2] | w[3] << 8, 0x5410);
+    rows[0].high = __byte_perm(w[4] | w[5] << 8, w[6] | w[7] << 8, 0x5410);
+  } else if constexpr (kRows == 2) {
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 2) w[i] |= w[i + 1] << 16;
+    rows[0] = {__byte_perm(w[0], w[2], 0x6420), __byte_perm(w[4], w[6], 0x6420)};
+    rows[1] = {__byte_perm(w[0], w[2], 0x7531), __byte_perm(w[4], w[6], 0x7531)};
+  } else {
+    uint32_t low[4], high[4];
+    transpose_bytes(w, low);
+    transpose_bytes(w + 4, high);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) rows[r] = {low[r], high[r]};
+  }
+}
+
+}  // namespace
+}  // namespace spense::cuda
