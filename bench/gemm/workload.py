@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gemm.ceiling import RINGS, Copy
+from gemm.ceiling import Copy
+from gemm.copy_stream import RINGS
 from gemm.rivals import BFloat16, CublasLt, CusparseLt, Spense, TwoLibrary
 from gemm.shapes import Layer
 from gemm.timing import Call, Recorder
