@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from decoding.tables import decode_table
-from gemm import tables
+from gemm import regret, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -128,6 +128,8 @@ PAGES = {
     "docs/performance.md": {
         "h100": (RESULTS / "gemm_h100.json", tables.full_tables),
         "h200": (RESULTS / "gemm_h200.json", tables.full_tables),
+        "unseen": (RESULTS / "configs_unseen_h100.json", regret.by_layer),
+        "smooth": (RESULTS / "configs_smooth_h100.json", regret.by_layer),
         "decode": (RESULTS / "decode.json", decode_table),
     },
 }

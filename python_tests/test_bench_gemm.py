@@ -110,6 +110,67 @@ def test_every_configuration_is_timed(run, tmp_path):
     assert {"portable", "reference"} <= set(names)
 
 
+def test_a_named_grid_of_problems(run, tmp_path, monkeypatch):
+    from gemm import shapes
+
+    monkeypatch.setitem(shapes.GRIDS, "smooth", shapes.Grid(["130x256"], [1, 3], [0.0, 0.5]))
+    file = tmp_path / "grid.json"
+    text = run("gemm_sweep", "--device", "cpu", "--grid", "smooth", "--json", file)
+    assert "4 problems: regret mean" in text
+    shapes = {(c["m"], c["dense"]) for c in json.loads(file.read_text())["configs"]}
+    assert shapes == {(1, 0.0), (3, 0.0), (1, 0.5), (3, 0.5)}
+
+
+def invented_configs(dense: list[float]) -> dict:
+    """The choice is the best at M = 1 and 10 % slower than the best at M = 8."""
+    configs = []
+    for d in dense:
+        for m, auto in ((1, 9.9), (8, 11.0)):
+            for name, us in (("auto", auto), ("a:whole", 10.0), ("b:stream", 12.0)):
+                shape = {"layer": "256x512", "m": m, "dense": d, "run": 0}
+                configs.append(shape | {"config": name, "us": us})
+    return {"runs": invented_results()["runs"], "configs": configs}
+
+
+def test_the_regret_of_a_choice():
+    from gemm import regret
+
+    found = regret.points(invented_configs([0.25]))
+    assert [p.best for p in found] == ["auto", "a:whole"]
+    assert [p.regret for p in found] == pytest.approx([0, 0.1])
+    assert "2 problems: regret mean 5.00%, worst 10.0%, 1 above 5%" in regret.summary(found)
+    by_m = regret.by_layer(invented_configs([0.25])).splitlines()
+    assert by_m[0] == "| layer | M = 1 | M = 8 | mean |"
+    assert by_m[2] == "| 256x512 | 0.0% | 10.0% | 5.0% |"
+    several = regret.by_layer(invented_configs([0.0, 0.125]))
+    assert "| layer | 0 % | 12.5 % | mean |" in several
+    assert "| 256x512 | 5.0% / 10.0% | 5.0% / 10.0% | 5.0% |" in several
+    assert "256x512, M = 8, 12.5 % dense 10.0%, `a:whole` is faster" in several
+
+
+def test_a_doubtful_choice_is_timed_again():
+    from gemm.choices import Choices
+    from gemm.rivals import Spense
+    from gemm.shapes import Layer
+    from gemm.timing import Recorder
+
+    class Slow(Recorder):
+        """auto seems 10 % slower than the rest, then is not."""
+
+        def measure(self, recordings, seconds, min_rounds=7):
+            asked.append(set(recordings))
+            late = 11.0 if len(asked) == 1 else 10.0
+            return {name: {"us": late if name == "auto" else 10.0} for name in recordings}
+
+    asked: list[set[str]] = []
+    names = ["avx2", "portable", "reference", "no_such"]
+    times = Choices(Slow(CPU), names, 1e12).measure(Spense(Layer("", "a", 130, 256), 0.25, CPU), 2)
+    assert [len(names) for names in asked] == [len(times), min(4, len(times))]
+    assert "auto" in asked[1]
+    assert "no_such" not in times
+    assert times["auto"]["us"] == 10.0
+
+
 def test_the_quantiser_s_figures(run, tmp_path):
     file = tmp_path / "quantize.json"
     arguments = ("--layers", "130x256", "--m", "1,70", "--pack", "200x512", "--json", file)

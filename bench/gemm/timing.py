@@ -69,13 +69,18 @@ class Recorder:
         self.pool = torch.cuda.graph_pool_handle()
         self._anchor = None
 
-    def quick(self, choices: Sequence[Sequence[Call]]) -> list[float]:
-        """Rough microseconds of each of several ways to do the same, on a GPU, without a graph."""
+    def quick(self, choices: Sequence[Sequence[Call]], one_wait: bool = False) -> list[float]:
+        """Rough microseconds of each of several ways to do the same, on a GPU, without a graph.
+
+        Before each way the GPU waits for the host to get ahead; with `one_wait` before the first
+        alone, which does for calls that are quick to launch.
+        """
         times = []
         with torch.cuda.stream(self.stream):
-            for calls in choices:
+            for number, calls in enumerate(choices):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(QUICK_SLEEP_CYCLES)
+                if not (one_wait and number):
+                    torch.cuda._sleep(QUICK_SLEEP_CYCLES)
                 begin.record()
                 _run(calls)
                 end.record()
