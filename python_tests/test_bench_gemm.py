@@ -183,27 +183,6 @@ def test_the_quantiser_s_figures(run, tmp_path):
     assert result["pack"][0]["ms"] > 0
 
 
-@pytest.mark.parametrize(("configs", "clean"), [("portable", True), ("no_such", False)])
-def test_a_tool_is_clean_when_every_job_was_right(run, tmp_path, monkeypatch, configs, clean):
-    """With a program in the sanitizer's place that runs the work and finds nothing."""
-    program = tmp_path / "compute-sanitizer"
-    program.write_text(
-        '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift 2; done\n"$@" || exit 1\n'
-        'echo "========= ERROR SUMMARY: 0 errors"\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setenv("PYTHONPATH", str(BENCH.parent))
-    file = tmp_path / "sanitize.json"
-    words = ("--device", "cpu", "--tools", "memcheck", "--configs", configs, "--json", file)
-    text = run("sanitize", *words)
-    found = json.loads(file.read_text())["memcheck"]
-    assert found["clean"] is clean
-    assert ("portable" in found["right"]) is clean
-    assert ("memcheck: clean" in text) is clean
-    assert found["summary"] == (["ERROR SUMMARY: 0 errors"] if clean else [])
-
-
 def test_the_floor_is_bytes_or_arithmetic():
     from gemm.ceiling import bytes_moved, floor_us
     from gemm.shapes import Layer

@@ -4,33 +4,17 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+from gemm.nvcc import library
+
 SOURCE = Path(__file__).with_name("copy_stream.cu")
 
 # (CTAs a multiprocessor, bytes of a chunk, stages): the better of two rings is the ceiling.
 RINGS = {"copy_1": (1, 20480, 10), "copy_2": (2, 20480, 5)}
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    finder = [sys.executable, str(ROOT / "cmake" / "find_cuda.py"), "--nvcc"]
-    nvcc = subprocess.run(finder, capture_output=True, text=True, check=True).stdout.strip()
-    if not nvcc:
-        raise RuntimeError("copy_stream.cu: expected an nvcc >= 12.8, got none")
-    target = ROOT / ".cache" / "bench" / "copy_stream.so"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    flags = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC"]
-    flags += ["-gencode=arch=compute_90a,code=sm_90a", "-o", str(target)]
-    subprocess.run([nvcc, *flags, str(SOURCE)], check=True)
-    return ctypes.CDLL(str(target))
 
 
 def copy_stream(ring: tuple[int, int, int], w: Tensor, x: Tensor, y: Tensor) -> None:
@@ -46,7 +30,7 @@ def copy_stream(ring: tuple[int, int, int], w: Tensor, x: Tensor, y: Tensor) -> 
     arrays = []
     for tensor in (w, x, y):
         arrays += [ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.numel())]
-    code = _library().copy_stream_launch(
+    code = library(SOURCE).copy_stream_launch(
         ctypes.c_void_p(torch.cuda.current_stream(w.device).cuda_stream),
         *(ctas * device.multi_processor_count, chunk, stages),
         *arrays,

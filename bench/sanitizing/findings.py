@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compute-sanitizer reported: findings that are alike counted as one, with their code.
+
+A kernel is known by its name in the binary or by its readable one, whichever the tool prints.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from spense_kernels._load import LIBRARY_FOLDER
+
+INSTANCES = Path(__file__).resolve().parents[2] / "csrc" / "heuristics" / "sm90_instances.def"
+MARK = "========="
+TITLE = re.compile(r"(Error|Warning|Info|Invalid|Uninitialized|Barrier|Program|Fatal)\b|.*hazard")
+NOT_TITLES = ("COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY")
+PLACE = re.compile(r"\bat (\S.*?)\+0x([0-9a-f]+)")
+OFFSET = re.compile(r"\bat 0x([0-9a-f]+) in (\S.*)")  # as older tools write it
+MOST_TEXTS = 40  # lines of one finding that are kept
+
+
+@dataclass
+class Finding:
+    """One kind of report: where it is, how often it came, the text of the first."""
+
+    text: list[str]
+    places: list[tuple[str, int]]  # (kernel, byte in its code)
+    count: int = 1
+    configs: set[str] = field(default_factory=set)
+    code: list[str] = field(default_factory=list)  # instruction of each place
+
+    def facts(self) -> dict:
+        places = [f"{kernel}+{offset:#x}" for kernel, offset in self.places]
+        found = {"count": self.count, "configs": sorted(self.configs), "places": places}
+        return found | {"code": self.code, "text": self.text[:MOST_TEXTS]}
+
+
+def blocks(output: str) -> list[list[str]]:
+    """The tool's lines, cut into reports; what the watched program prints is left out."""
+    found: list[list[str]] = []
+    open_block = False
+    for line in output.splitlines():
+        if not line.startswith(MARK):
+            continue
+        text = line[len(MARK) :].rstrip()
+        if not text.strip():
+            open_block = False
+        elif not text.startswith("  "):  # a title; what belongs to it is set in
+            open_block = bool(TITLE.match(text.strip())) and not text.strip().startswith(NOT_TITLES)
+            if open_block:
+                found.append([text.strip()])
+        elif open_block:
+            found[-1].append(text.strip())
+    return found
+
+
+def _key(lines: list[str]) -> str:
+    """The report without what differs from thread to thread and run to run."""
+    text = "\n".join(line for line in lines if "Host Frame" not in line)
+    text = re.sub(r"\(\d+,\s*\d+,\s*\d+\)", "(thread)", text)
+    text = re.sub(r"\[\d+ hazards?\]|Current Value : .*|Incoming Value : .*", "", text)
+    return re.sub(r"(?<![+\w])(?<!at )0x[0-9a-f]+|\b\d+ bytes (?:after|before|inside)", "", text)
+
+
+def config_of(kernel: str) -> str:
+    """Name of the configuration that a kernel of the SM90 family is, or the name as it stands."""
+    mangled = re.search(r"Traits(I(?:L[ib]\d+E)+)", kernel)
+    readable = re.search(r"Traits<([^<>]*)>", kernel)
+    if mangled:
+        values = [int(v) for v in re.findall(r"L[ib](\d+)E", mangled[1])]
+    elif readable:
+        values = _numbers(re.sub(r"\(\w+\)", "", readable[1]))
+    else:
+        return kernel
+    for name, row in re.findall(r"^INSTANCE\((\w+),([^)]*)\)", INSTANCES.read_text(), re.MULTILINE):
+        if _numbers(row) == values:
+            return name
+    return kernel
+
+
+def _numbers(words: str) -> list[int]:
+    known = {"true": 1, "false": 0}
+    return [known[w] if w in known else int(w) for w in re.split(r"[,\s]+", words.strip())]
+
+
+def parse(output: str) -> list[Finding]:
+    """All findings of a tool's output, the most frequent first."""
+    found: dict[str, Finding] = {}
+    for lines in blocks(output):
+        key, text = _key(lines), "\n".join(lines)
+        if key in found:
+            found[key].count += 1
+            continue
+        places = [(name, int(offset, 16)) for name, offset in PLACE.findall(text)]
+        places += [(name, int(offset, 16)) for offset, name in OFFSET.findall(text)]
+        found[key] = Finding(lines, places, configs={config_of(name) for name, _ in places})
+    return sorted(found.values(), key=lambda f: -f.count)
+
+
+def instructions(cuobjdump: str) -> Callable[[str, int], str]:
+    """A look-up (kernel, byte in its code) -> instruction in the CUDA library of this build.
+
+    Raises:
+        subprocess.CalledProcessError: cuobjdump cannot read the library.
+    """
+    listing = subprocess.run(
+        [cuobjdump, "-sass", str(LIBRARY_FOLDER / "libspense_cuda.so")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    code: dict[str, dict[int, str]] = {}
+    here: dict[int, str] = {}
+    for line in listing.splitlines():
+        if match := re.match(r"\s*Function : (\S+)", line):
+            here = code.setdefault(config_of(match[1]), {})
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line):
+            here[int(match[1], 16)] = match[2].strip()
+    return lambda kernel, offset: code.get(config_of(kernel), {}).get(offset, "?")
