@@ -67,8 +67,10 @@ extern "C" __global__ void racecheck_control(const uint32_t* from, uint32_t* sum
 }
 
 // from: `chunks` times 128 words; sums: 32 words. Returns a cudaError_t.
-extern "C" __attribute__((visibility("default"))) int racecheck_control_launch(
-    void* stream, const uint32_t* from, uint32_t* sums, int chunks) {
+extern "C" __attribute__((visibility("default"))) int racecheck_control_launch(void* stream,
+                                                                               const uint32_t* from,
+                                                                               uint32_t* sums,
+                                                                               int chunks) {
   racecheck_control<<<1, 2 * kLanes, 0, static_cast<cudaStream_t>(stream)>>>(from, sums, chunks);
   return cudaGetLastError();
 }
