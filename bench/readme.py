@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from decoding.tables import decode_table
-from gemm import regret, tables
+from gemm import counter_table, regret, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -117,6 +117,11 @@ def gemm_table(gemm: dict) -> str:
     )
 
 
+def counters_table(counted: dict) -> str:
+    """The counters beside the sweep that stands in docs/performance.md."""
+    return counter_table.table(counted, json.loads((RESULTS / "gemm_h100.json").read_text()))
+
+
 # page -> marker -> (result file, what makes the table)
 PAGES = {
     "README.md": {
@@ -132,6 +137,7 @@ PAGES = {
         "smooth": (RESULTS / "configs_smooth_h100.json", regret.by_layer),
         "decode": (RESULTS / "decode.json", decode_table),
     },
+    "docs/sm90.md": {"counters": (RESULTS / "counters_h100.json", counters_table)},
 }
 
 

@@ -10,11 +10,11 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from gemm.kernels import config_of
 
 from spense_kernels._load import LIBRARY_FOLDER
 
-INSTANCES = Path(__file__).resolve().parents[2] / "csrc" / "heuristics" / "sm90_instances.def"
 MARK = "========="
 TITLE = re.compile(r"(Error|Warning|Info|Invalid|Uninitialized|Barrier|Program|Fatal)\b|.*hazard")
 NOT_TITLES = ("COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY")
@@ -64,27 +64,6 @@ def _key(lines: list[str]) -> str:
     text = re.sub(r"\(\d+,\s*\d+,\s*\d+\)", "(thread)", text)
     text = re.sub(r"\[\d+ hazards?\]|Current Value : .*|Incoming Value : .*", "", text)
     return re.sub(r"(?<![+\w])(?<!at )0x[0-9a-f]+|\b\d+ bytes (?:after|before|inside)", "", text)
-
-
-def config_of(kernel: str) -> str:
-    """Name of the configuration that a kernel of the SM90 family is, or the name as it stands."""
-    mangled = re.search(r"Traits(I(?:L[ib]\d+E)+)", kernel)
-    readable = re.search(r"Traits<([^<>]*)>", kernel)
-    if mangled:
-        values = [int(v) for v in re.findall(r"L[ib](\d+)E", mangled[1])]
-    elif readable:
-        values = _numbers(re.sub(r"\(\w+\)", "", readable[1]))
-    else:
-        return kernel
-    for name, row in re.findall(r"^INSTANCE\((\w+),([^)]*)\)", INSTANCES.read_text(), re.MULTILINE):
-        if _numbers(row) == values:
-            return name
-    return kernel
-
-
-def _numbers(words: str) -> list[int]:
-    known = {"true": 1, "false": 0}
-    return [known[w] if w in known else int(w) for w in re.split(r"[,\s]+", words.strip())]
 
 
 def parse(output: str) -> list[Finding]:
