@@ -83,9 +83,7 @@ def main() -> int:
     parser.add_argument("--budget-s", type=float, default=60, help="start no point after so long")
     parser.add_argument("--json", type=Path, help="where results go; the raw log lies beside")
     parser.add_argument("--commit", help="what was built, where git cannot tell")
-    parser.add_argument(
-        "--device", default="cuda", help="cpu: to try it without an ncu"
-    )
+    parser.add_argument("--device", default="cuda", help="cpu: to try it without an ncu")
     parser.add_argument("--work", type=Path, help="only the launches of the points in this file")
     args = parser.parse_args()
     device = torch.device(args.device)
