@@ -16,12 +16,14 @@ data. A model's line is its four layers back to back in one graph. bench/README.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
 import torch
 from gemm import ceiling, regret, report, targets
 from gemm.choices import Choices, launches
+from gemm.lost import DeviceLost, avoided, start_anew
 from gemm.machine import clocks, machine, short_name
 from gemm.rivals import Spense, hinted
 from gemm.shapes import GRIDS, MODELS, TOKENS, Layer, is_model, parse_layers
@@ -72,11 +74,15 @@ class Sweep:
         done, left = [], 0
         workloads = [[self._workload(layer) for layer in layers] for layers in groups]
         self.run["missing"] = {w.layer.label: w.missing for of in workloads for w in of}
+        self.run["avoided"] = self.args.avoid
         for d in self.args.dense:
             for workload in (w for of_group in workloads for w in of_group):
                 workload.set_dense(d)
             for m in self.args.m:
                 for layers, of_group in zip(groups, workloads, strict=True):
+                    if there := self._done(layers, d, m):
+                        done += there
+                        continue
                     if self.out_of_time():
                         left += 1
                         continue
@@ -90,7 +96,31 @@ class Sweep:
         print(f"\nspeed-up over cuBLASLt FP8\n{report.summary(done)}\n\n{targets.verdict(done)}")
 
     def _workload(self, layer: Layer) -> Workload:
-        return Workload(layer, self.recorder, self.args.only, self.args.every_rival)
+        args = self.args
+        return Workload(layer, self.recorder, args.only, args.every_rival, args.avoid)
+
+    def _done(self, layers: tuple[Layer, ...], d: float, m: int) -> list[dict]:
+        """The points of a group that the sweep had timed before it started anew."""
+        if self.args.resume is None:
+            return []
+        here = [p for p in self.results.points if p["run"] >= self.args.resume]
+        here = [p for p in here if (p["m"], p["dense"]) == (m, d)]
+        labels = {layer.label for layer in layers}
+        found = [p for p in here if p["layer"] in labels or p["layer"] == layers[0].group]
+        return found if len(found) == len(layers) + is_model(layers) else []
+
+    def start_anew(self, lost: DeviceLost) -> None:
+        """Goes on in a fresh process, from what the file holds, without what broke the GPU."""
+        first = self.results.run if self.args.resume is None else self.args.resume
+        avoid = avoided(self.args.avoid, lost.causes)
+        if set(avoid) == set(self.args.avoid):
+            raise lost  # that was not it
+        print(f"{lost}; starting anew without {', '.join(avoid)}", flush=True)
+        self.results.write(self.file)
+        left = self.args.budget_s - (time.perf_counter() - self.start)
+        words = ["--merge", self.file, "--json", self.file, "--resume", first]
+        words += ["--budget-s", round(left, 1), "--avoid", *avoid]
+        start_anew([*sys.argv[1:], *map(str, words)])
 
     def _point(self, layers, workloads: list[Workload], d: float, m: int) -> list[dict]:
         """One line for each layer, and for a whole model one of its layers back to back."""
@@ -157,11 +187,17 @@ class Sweep:
             try:
                 recordings[name] = self.recorder.record(turn, passes[name])
             except RuntimeError as problem:
+                workloads[0].check()
                 if name == "spense":
                     raise
                 for workload in workloads:
                     workload.give_up(name, m, problem)
-        return self.recorder.measure(recordings, self.args.seconds)
+        try:
+            return self.recorder.measure(recordings, self.args.seconds)
+        except RuntimeError:
+            for workload in workloads:
+                workload.check()
+            raise
 
     def _report(self, point: dict) -> None:
         self.results.add_point(point)
@@ -210,6 +246,8 @@ def main() -> None:
     add("--seconds", type=float, default=0.08, help="replays of one line last about so long")
     add("--budget-s", type=float, default=560, help="start no new line after so many seconds")
     add("--every-rival", action="store_true", help="all rivals at every dense fraction")
+    add("--avoid", nargs="*", default=[], help="of cuSPARSELt: NxK or NxK:ALGORITHM")
+    add("--resume", type=int, help="keep the points of the file's runs from this number on")
     add("--merge", type=Path, nargs="+", default=[], help="result files to start from")
     add("--json", type=Path, help="where to write; by default in bench/results")
     add("--commit", help="what was built, where git cannot tell")
@@ -220,7 +258,10 @@ def main() -> None:
         args.configs = args.configs or ["all"]
     torch.manual_seed(0)
     sweep = Sweep(args)
-    (sweep.configs if args.configs else sweep.rivals)(parse_layers(args.layers))
+    try:
+        (sweep.configs if args.configs else sweep.rivals)(parse_layers(args.layers))
+    except DeviceLost as lost:
+        sweep.start_anew(lost)
     print(f"{time.perf_counter() - sweep.start:.0f} s; wrote {sweep.file}")
 
 

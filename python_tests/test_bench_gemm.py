@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,6 +90,66 @@ def test_points_are_written_and_merged(run, tmp_path):
         ("256x512", 8, 0.25),
         ("256x512", 16, 0.25),
     }
+
+
+def test_a_sweep_goes_on_after_a_library_broke_the_gpu(run, tmp_path, monkeypatch):
+    import gemm_sweep
+    from gemm import workload
+    from gemm.lost import DeviceLost
+
+    def breaks(self, m):
+        if m == 8 and "300x640" not in self.avoid:
+            raise DeviceLost(["300x640:7"] if not self.avoid else ["300x640"])
+        return calls(self, m)
+
+    def anew(arguments):
+        raise Restart(arguments)
+
+    class Restart(Exception):
+        pass
+
+    calls = workload.Workload.calls
+    monkeypatch.setattr(workload.Workload, "calls", breaks)
+    monkeypatch.setattr(gemm_sweep, "start_anew", anew)
+    file = tmp_path / "sweep.json"
+    words = [*ON_CPU, "--layers", "300x640", "--m", "1,8,16", "--json", file]
+    for avoid in (["300x640:7"], ["300x640:7", "300x640"]):
+        with pytest.raises(Restart) as stopped:
+            run("gemm_sweep", *words)
+        words = stopped.value.args[0]
+        assert words[-len(avoid) - 1 :] == ["--avoid", *avoid]
+    run("gemm_sweep", *words)
+    result = json.loads(file.read_text())
+    assert [(p["m"], p["run"]) for p in result["points"]] == [(1, 0), (8, 2), (16, 2)]
+    assert result["runs"][2]["avoided"] == avoid
+
+
+def test_what_breaks_the_gpu_again_and_again_is_left_out():
+    from gemm.lost import avoided
+    from gemm.rivals import CusparseLt
+    from gemm.shapes import Layer
+
+    assert avoided(["4x8:1"], ["4x8:2"]) == ["4x8:1", "4x8:2"]
+    assert avoided(["4x8:1", "4x8:2"], ["4x8:3"]) == ["4x8:1", "4x8:2", "4x8:3", "4x8"]
+    assert avoided(["4x8:1", "4x8:2"], ["4x16:3"]) == ["4x8:1", "4x8:2", "4x16:3"]
+    with pytest.raises(RuntimeError, match="broke the GPU"):
+        CusparseLt(Layer("", "", 4, 16), CPU, quick=len, columns=8, avoid=["4x8"])
+
+
+def test_a_program_starts_anew_in_its_own_place(tmp_path):
+    program = tmp_path / "again.py"
+    program.write_text(
+        "import sys\nfrom gemm.lost import start_anew\nprint(sys.argv[1:])\n"
+        "start_anew([*sys.argv[1:], 'b']) if len(sys.argv) < 3 else sys.exit(5)\n"
+    )
+    paths = os.pathsep.join([str(BENCH), str(BENCH.parent)])
+    done = subprocess.run(
+        [sys.executable, program, "a"],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.returncode) == ("['a']\n['a', 'b']\n", 5), done.stderr
 
 
 def test_a_model_has_a_line_for_its_layers_together():
