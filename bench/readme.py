@@ -122,6 +122,10 @@ def counters_table(counted: dict) -> str:
     return counter_table.table(counted, json.loads((RESULTS / "gemm_h100.json").read_text()))
 
 
+def beside_h100(h200: dict) -> str:
+    return tables.beside(json.loads((RESULTS / "gemm_h100.json").read_text()), h200)
+
+
 # page -> marker -> (result file, what makes the table)
 PAGES = {
     "README.md": {
@@ -132,6 +136,7 @@ PAGES = {
     },
     "docs/performance.md": {
         "h100": (RESULTS / "gemm_h100.json", tables.full_tables),
+        "beside": (RESULTS / "gemm_h200.json", beside_h100),
         "h200": (RESULTS / "gemm_h200.json", tables.full_tables),
         "unseen": (RESULTS / "configs_unseen_h100.json", regret.by_layer),
         "smooth": (RESULTS / "configs_smooth_h100.json", regret.by_layer),

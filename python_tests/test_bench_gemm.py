@@ -301,6 +301,22 @@ def test_tables_of_a_result_file():
     assert full.count("all four") == 6
 
 
+def test_two_devices_beside_one_another():
+    from gemm import tables
+
+    other = invented_results()
+    other["runs"][0]["device"] = {"name": "NVIDIA H200"}
+    for point in other["points"]:
+        point["times"] = point["times"] | {"spense": {"us": 8.0}}
+    lines = tables.beside(invented_results(), other).splitlines()
+    assert lines[0].startswith("| model | M | GPU, ours | H200, ours | ratio | GPU, cuBLASLt |")
+    assert (
+        "| qwen3-32b | 64 | 10.0 us | 8.0 us | 1.25 | 20.0 us | 20.0 us | 1.00 | 2.00x | 2.50x |"
+        in lines
+    )
+    assert len(lines) == 2 + 2 * 3 + 2
+
+
 def test_pictures_of_a_result_file(run, tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "gemm_x.json"

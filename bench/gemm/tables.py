@@ -94,13 +94,45 @@ def full_table(results: dict, group: str, dense: float) -> str:
     return "\n".join(lines)
 
 
+def beside(results: dict, other: dict) -> str:
+    """Both devices at 25 % dense: a model's four layers, ours and cuBLASLt's, and their ratios."""
+    names = [_device(r) for r in (results, other)]
+    head = ["model", "M", *(f"{name}, ours" for name in names), "ratio"]
+    head += [*(f"{name}, cuBLASLt" for name in names), "ratio"]
+    head += [f"x cuBLASLt, {name}" for name in names]
+    lines = [row(head), row(["---"] * len(head))]
+    theirs = {(p["layer"], p["m"]): p for p in at_fraction(other) if p["kind"] == "model"}
+    for p in sorted(at_fraction(results), key=lambda p: (p["layer"], p["m"])):
+        q = theirs.get((p["layer"], p["m"]))
+        if p["kind"] != "model" or q is None:
+            continue
+        cells = [p["layer"], str(p["m"])]
+        for rivals in (("spense",), DENSE):
+            a, b = best(p["times"], rivals), best(q["times"], rivals)
+            cells += [f"{a:.1f} us", f"{b:.1f} us", f"{a / b:.2f}"] if a and b else [""] * 3
+        lines.append(row([*cells, _x(speed_up(p)), _x(speed_up(q))]))
+    rates = [
+        f"{name} {r['runs'][-1]['read_bytes_per_second'] / 1e12:.2f} TB/s"
+        for name, r in zip(names, (results, other), strict=True)
+        if "read_bytes_per_second" in r["runs"][-1]
+    ]
+    read = f" The copy kernel reads: {', '.join(rates)}." if rates else ""
+    return "\n".join([*lines, "", f"Four layers, {DENSE_FRACTION:.0%} dense.{read}"])
+
+
+def _device(results: dict) -> str:
+    """H200 of NVIDIA H200."""
+    words = results["runs"][-1]["device"]["name"].split()
+    return next((word for word in words if word[-1].isdigit()), words[-1])
+
+
 def full_tables(results: dict) -> str:
     """Every group of layers and dense fraction of the file, each under a heading; only whole models
     at other fractions than the main one."""
     parts = [source_line(results)]
     keys = dict.fromkeys((p["group"], p["dense"]) for p in results["points"])
     for group, dense in sorted(keys):
-        parts.append(f"### {group or 'other shapes'}, {dense:.0%} dense")
+        parts.append(f"### {group or 'other shapes'}, {100 * dense:.3g}% dense")
         parts.append(full_table(results, group, dense))
     return "\n\n".join(parts)
 
