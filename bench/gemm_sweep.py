@@ -27,12 +27,13 @@ from gemm.lost import DeviceLost, avoided, start_anew
 from gemm.machine import clocks, machine, short_name
 from gemm.rivals import Spense, hinted
 from gemm.shapes import GRIDS, MODELS, TOKENS, Layer, is_model, parse_layers
-from gemm.timing import Recorder, rotation
+from gemm.timing import BLOCK_S, BLOCKS, Recorder, rotation
 from gemm.workload import RIVALS, Workload
 
 from spense_kernels.testing.configs import gemm_configs
 
 RESULTS = Path(__file__).resolve().parent / "results"
+SETTLED_TOKENS = 256  # from here on products draw so much power that the clock depends on them
 GRAPH_US = 800  # a recording lasts at least about so long
 SETUP_SECONDS = 0.15  # of one point: recording, cuSPARSELt's search
 
@@ -63,16 +64,23 @@ class Sweep:
     def out_of_time(self) -> bool:
         return time.perf_counter() - self.start > self.args.budget_s
 
-    def estimate(self, groups: list[tuple[Layer, ...]]) -> float:
-        points = sum(len(layers) + is_model(layers) for layers in groups)
-        return (
-            points * len(self.args.m) * len(self.args.dense) * (self.args.seconds + SETUP_SECONDS)
-        )
+    def estimate(self, groups: list[tuple[Layer, ...]], workloads: list[list[Workload]]) -> float:
+        """Rough seconds of all points."""
+        seconds = 0.0
+        for d in self.args.dense:
+            for layers, of_group in zip(groups, workloads, strict=True):
+                of_group[0].set_dense(d)
+                for m in self.args.m:
+                    rivals = len(of_group[0].meant(m))
+                    long = m >= SETTLED_TOKENS and self.device.type == "cuda"
+                    one = rivals * BLOCKS * BLOCK_S if long else self.args.seconds
+                    seconds += (len(layers) + is_model(layers)) * (one + SETUP_SECONDS)
+        return seconds
 
     def rivals(self, groups: list[tuple[Layer, ...]]) -> None:
-        print(f"about {self.estimate(groups):.0f} s\n{report.HEADER}", flush=True)
         done, left = [], 0
         workloads = [[self._workload(layer) for layer in layers] for layers in groups]
+        print(f"about {self.estimate(groups, workloads):.0f} s\n{report.HEADER}", flush=True)
         self.run["missing"] = {w.layer.label: w.missing for of in workloads for w in of}
         self.run["avoided"] = self.args.avoid
         for d in self.args.dense:
@@ -193,6 +201,8 @@ class Sweep:
                 for workload in workloads:
                     workload.give_up(name, m, problem)
         try:
+            if m >= SETTLED_TOKENS:
+                return self.recorder.measure_settled(recordings)
             return self.recorder.measure(recordings, self.args.seconds)
         except RuntimeError:
             for workload in workloads:

@@ -81,9 +81,7 @@ class Workload:
             **{ring: lambda ring=ring: Copy(self._spense(), ring).calls(m) for ring in RINGS},
         }
         found = {}
-        for name in self.names:
-            if name in self._gone or not self._meant(name, m):
-                continue
+        for name in self.meant(m):
             if name.startswith("spense"):  # a failure of ours is one of the run
                 found[name] = makers[name]()
                 continue
@@ -117,6 +115,10 @@ class Workload:
         """Leaves a rival out from here on that ran, but could not be recorded."""
         self.note(name, m, problem)
         self._gone.add(name)
+
+    def meant(self, m: int) -> list[str]:
+        """The rivals that are timed at m tokens and the dense fraction that was set."""
+        return [name for name in self.names if name not in self._gone and self._meant(name, m)]
 
     def _meant(self, name: str, m: int) -> bool:
         """Two libraries make sense only where both have work, a copy where bytes are the limit."""

@@ -99,6 +99,10 @@ ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slot
   p.k_blocks = static_cast<int32_t>(desc.k_blocks());
   p.stream_blocks = static_cast<int32_t>(desc.stream_blocks());
   p.band = std::min(p.token_tiles, kBand);
+  if (config.tokens > 64) {
+    const int64_t blocks = desc.row_tiles() * desc.k_blocks();
+    p.back = static_cast<int32_t>(1024 * (blocks - 2 * desc.sparse_units()) / blocks);
+  }
   const int32_t tiles =
       static_cast<int32_t>(format::ceil_div(p.row_tiles, group_tiles(config))) * p.token_tiles;
   if (config.splits > 1 || choice.mode == Mode::kWhole) {

@@ -3,8 +3,8 @@
 // share this file, so that tests on the host see what the kernel does.
 //
 // A group is the kGroup row tiles that the CTAs of a cluster work on side by side. K goes in
-// steps of 256 columns (one sparse unit or up to two dense ones), which all tiles of a group share.
-// Work is counted in 4096-byte blocks of the tile stream: a sparse unit 5, a dense unit 4.
+// steps of 256 columns (one sparse unit or up to two dense ones), which all tiles of a group take in
+// the same order (Walk). Work is counted in 4096-byte blocks of the tile stream: a sparse unit 5, a dense unit 4.
 //
 //   tiles [0, whole)     dealt round robin, each computed by one cluster, after its stream part
 //   tiles [whole, all)   stream-K: laid end to end and cut into equal numbers of blocks, one piece
@@ -39,6 +39,7 @@ struct ScheduleParams {
   int32_t whole = 0;
   int32_t snap = 0;
   int32_t skew = 0;  // 1/1024: how much less of the stream the last cluster gets than the first
+  int32_t back = 0;  // 1/1024: share of the steps that are taken from the end of K (Walk)
 };
 
 SPENSE_HD constexpr int32_t steps_of(int32_t k_blocks) { return (k_blocks + 1) / 2; }
@@ -50,13 +51,34 @@ SPENSE_HD constexpr int32_t blocks_of_steps(int32_t step, int32_t sparse_units, 
   return kSparseBlocks * sparse_units + kDenseBlocks * (columns_end - 2 * sparse_units);
 }
 
+// The order in which a tile's steps are taken. Sparse columns come first in K and ask for more bytes
+// in the time of their multiplication than dense ones, so large tiles take steps from both ends:
+// `back` of 1024 from the last one backwards, spread evenly between those from the first one on.
+struct Walk {
+  int32_t steps = 0, back = 0;
+
+  SPENSE_HD constexpr int32_t backs(int32_t turn) const { return turn * back / 1024; }
+  // The step taken at a turn.
+  SPENSE_HD constexpr int32_t step(int32_t turn) const {
+    const int32_t behind = backs(turn + 1);
+    return behind != backs(turn) ? steps - behind : turn - behind;
+  }
+  // Blocks of the first `turn` steps taken.
+  SPENSE_HD constexpr int32_t blocks(int32_t turn, int32_t sparse_units, int32_t k_blocks) const {
+    const int32_t behind = backs(turn);
+    return blocks_of_steps(turn - behind, sparse_units, k_blocks) +
+           blocks_of_steps(steps, sparse_units, k_blocks) -
+           blocks_of_steps(steps - behind, sparse_units, k_blocks);
+  }
+};
+
 // How much of the stream the first c clusters get, relative to c = clusters. CTAs start one after
 // another, as those of the kernel ahead leave; the last have the least time.
 SPENSE_HD constexpr int64_t cumulative_share(int32_t c, int32_t clusters, int32_t skew) {
   return static_cast<int64_t>(c) * (2048 * int64_t{clusters} + skew * int64_t{clusters - c});
 }
 
-// A range of steps of one output tile.
+// A range of one output tile's steps, by the turns of the walk.
 struct Segment {
   int32_t group = 0, token_tile = 0;
   int32_t step_begin = 0, step_end = 0;
@@ -66,8 +88,8 @@ struct Segment {
 };
 
 // Where the partial sums of a segment go: each cluster has two places.
-SPENSE_HD constexpr int32_t partial_slot(int32_t cluster, bool holds_step_zero) {
-  return 2 * cluster + (holds_step_zero ? 1 : 0);
+SPENSE_HD constexpr int32_t partial_slot(int32_t cluster, bool holds_first_step) {
+  return 2 * cluster + (holds_first_step ? 1 : 0);
 }
 
 // Table gives the tile table: blocks_before(row_tile), sparse_units(row_tile), and
@@ -83,7 +105,8 @@ class Schedule {
         cluster_(cluster),
         split_(split),
         splits_(splits),
-        steps_(steps_of(params.k_blocks)) {
+        steps_(steps_of(params.k_blocks)),
+        walk_{steps_, params.back} {
     groups_ = (p_.row_tiles + kGroup - 1) / kGroup;
     whole_next_ = cluster;
     stream_total_ = static_cast<int64_t>(p_.token_tiles) * p_.stream_blocks;
@@ -186,11 +209,11 @@ class Schedule {
       blocks_ = group_blocks(group_);
     }
   }
-  SPENSE_HD int32_t blocks_until(int32_t step) const {
+  SPENSE_HD int32_t blocks_until(int32_t turn) const {
     int32_t sum = 0;
     for (int r = 0; r < kGroup; ++r) {
       const int32_t tile = group_ * kGroup + r;
-      if (tile < p_.row_tiles) sum += blocks_of_steps(step, table_.sparse_units(tile), p_.k_blocks);
+      if (tile < p_.row_tiles) sum += walk_.blocks(turn, table_.sparse_units(tile), p_.k_blocks);
     }
     return sum;
   }
@@ -241,7 +264,9 @@ class Schedule {
 
   ScheduleParams p_;
   Table table_;
-  int32_t cluster_, split_, splits_, steps_, groups_;
+  int32_t cluster_, split_, splits_, steps_;
+  Walk walk_;
+  int32_t groups_;
   int32_t whole_next_;
   bool in_stream_ = false;
   int64_t stream_total_, stream_begin_ = 0, stream_end_ = 0;

@@ -107,8 +107,9 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
       writer[part].start(p, smem, warpgroup, token0 + split * T::kOwnTokens, token_end,
                          row0 + part * T::kPartRows);
     }
-    const int sparse = T::kRowTiles == 2 && warpgroup == 1 ? work.sparse[1] : work.sparse[0];
-    multiplier.run(sums, sparse, work.x_end - work.x_begin - 2 * sparse);
+    const int sparse_units = work.sparse_units[T::kRowTiles == 2 && warpgroup == 1 ? 1 : 0];
+    multiplier.run(sums, walk_of(p.schedule), work.begin, work.end, sparse_units,
+                   p.schedule.k_blocks);
     const Job job = jobs.read();  // again, so that it takes no registers meanwhile
     jobs.done();
     if constexpr (T::kSplits > 1) {

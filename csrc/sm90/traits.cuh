@@ -21,9 +21,9 @@ enum class WarpRole { kConsumer, kWeights, kActivations, kIdle };
 // What the weight warp tells the others about a segment, through a ring in shared memory.
 struct alignas(16) Job {
   int32_t row_tile, token_tile;  // the CTA's first row tile; < 0: there is no more work
-  int32_t x_begin, x_end;        // blocks of 128 columns of x
+  int32_t begin, end;            // turns of the walk through K
   int32_t first, last;           // clusters that share the tile
-  int32_t sparse[2];             // sparse units of each row tile; its other blocks are dense units
+  int32_t sparse_units[2];       // of each row tile; its other columns are dense units
 };
 static_assert(sizeof(Job) == heuristics::kJobBytes);
 
