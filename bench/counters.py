@@ -54,7 +54,8 @@ def work(points: list[counters.Point], budget_s: float, device: torch.device) ->
             weights[key] = Spense(layer, point.dense, device)
         if point.layer not in rivals:
             rivals[point.layer] = CublasLt(layer, device)
-        for call in (weights[key].calls(point.m)[0], rivals[point.layer].calls(point.m)[0]):
+        rival = rivals[point.layer].calls(point.m, by_row=point.by_row)
+        for call in (weights[key].calls(point.m)[0], rival[0]):
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

@@ -20,6 +20,7 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 41
 LONG_ROUND_S, MIN_LONG_ROUNDS = 0.03, 3  # where a round lasts so long, few will do
 BLOCK_S, BLOCKS = 0.08, 3  # of every recording, where each has the device to itself
 QUICK_SLEEP_CYCLES = 2_000_000  # about a millisecond, for the host to get ahead in
+LAUNCH_CYCLES = 200_000  # the same for each of many launches, ample
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,11 @@ class Recorder:
         """
         times = []
         with torch.cuda.stream(self.stream):
-            for number, calls in enumerate(choices):
+            if one_wait:
+                torch.cuda._sleep(QUICK_SLEEP_CYCLES + LAUNCH_CYCLES * sum(map(len, choices)))
+            for calls in choices:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                if not (one_wait and number):
+                if not one_wait:
                     torch.cuda._sleep(QUICK_SLEEP_CYCLES)
                 begin.record()
                 _run(calls)
