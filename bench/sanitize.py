@@ -54,7 +54,7 @@ def control_library(device: str) -> Path | None:
     if device == "cpu":
         return None
     try:
-        return build(CONTROL)
+        return build(CONTROL, "90")
     except (RuntimeError, subprocess.CalledProcessError) as problem:
         print(f"no control: {problem}")
         return None
