@@ -10,7 +10,8 @@ stopped; what it has said until then counts. A tool is clean when it has found n
 end, and every job's result was right. Next to the JSON lies a log with all that the tools printed.
 
 Findings that differ in threads and addresses only are one, with their number. `--read` looks up the
-instructions that they name in this build's library (cuobjdump), which has to be the one that ran.
+instructions that they name in this build's library (cuobjdump), which has to be the one that ran, and
+marks those that are the tool's own fault (`BULK_COPY` in sanitizing/findings.py).
 """
 
 from __future__ import annotations
@@ -129,6 +130,10 @@ def read(text: str, code: int | str) -> dict:
 
 def report(tool: str, found: dict) -> str:
     verdict = "clean" if found["clean"] else f"NOT CLEAN (exit {found['exit']})"
+    reasons = dict.fromkeys(e["explained"] for e in found["findings"] if "explained" in e)
+    if reasons:
+        explained = sum("explained" in entry for entry in found["findings"])
+        verdict += f", {explained} of {len(found['findings'])} kinds of finding explained"
     lines = [
         f"{tool}: {verdict}, {len(found['right'])} of {found['jobs']} jobs right, "
         f"{found['seconds']} s {' '.join(found['summary'])}"
@@ -138,6 +143,7 @@ def report(tool: str, found: dict) -> str:
         lines.append(f"  {entry['count']} x {', '.join(entry['configs'])}: {entry['text'][0]}")
         lines += [f"      {line}" for line in entry["text"][1:4]]
         lines += [f"      {p}: {c}" for p, c in zip(entry["places"], entry["code"], strict=False)]
+    lines += [f"  explained: {reason}" for reason in reasons]
     return "\n".join([*lines, *found.get("last_lines", [])])
 
 
@@ -165,9 +171,8 @@ def read_log(log: Path, cuobjdump: str | None) -> dict:
     for tool, code, seconds, text in zip(*[iter(parts)] * 4, strict=True):
         exit_code = int(code) if code.lstrip("-").isdigit() else code
         results[tool] = {"exit": exit_code, "seconds": float(seconds)} | read(text, exit_code)
-        for entry in results[tool]["findings"] if instruction else []:
-            places = [place.rpartition("+") for place in entry["places"]]
-            entry["code"] = [instruction(kernel, int(at, 16)) for kernel, _, at in places]
+        if instruction:
+            findings.explain(results[tool]["findings"], instruction)
     return results
 
 

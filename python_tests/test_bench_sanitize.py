@@ -136,3 +136,25 @@ def test_what_a_tool_says_is_kept_and_read_again(sanitize, monkeypatch, tmp_path
     assert again["racecheck"]["findings"][1]["code"] == ["UBLKCP.S.G [UR6], [UR4]", "?"]
     without = [entry | {"code": []} for entry in again["racecheck"]["findings"]]
     assert without == found["findings"]
+
+
+@pytest.mark.parametrize(
+    ("read", "control", "explained"),
+    [
+        ("LDS.128 R4, [R2]", True, True),
+        ("@P0 LDS R4, [R2]", True, True),
+        ("STS R4, [R2]", True, False),
+        ("LDS.128 R4, [R2]", False, False),
+    ],
+)
+def test_a_bulk_copy_is_explained_where_the_control_is_reported_too(read, control, explained):
+    from sanitizing import findings
+
+    text = race("t128x16_c1k1_s8x28", 0x190, 0x2A0, 4)
+    if control:
+        text += text.replace(KERNEL.format(NUMBERS["t128x16_c1k1_s8x28"]), findings.CONTROL)
+    code = {0x190: "@!UP1 UBLKCP.S.G [UR6], [UR4], UR10", 0x2A0: read}
+    entries = [finding.facts() for finding in findings.parse(text)]
+    assert len(entries) == 1 + control
+    findings.explain(entries, lambda kernel, at: code[at] if "hybrid" in kernel else "?")
+    assert ["explained" in entry for entry in entries] == [explained, True][: len(entries)]

@@ -16,11 +16,20 @@ from gemm.kernels import config_of
 from spense_kernels._load import LIBRARY_FOLDER
 
 MARK = "========="
+CONTROL = "racecheck_control"  # the kernel of control.cu
 TITLE = re.compile(r"(Error|Warning|Info|Invalid|Uninitialized|Barrier|Program|Fatal)\b|.*hazard")
 NOT_TITLES = ("COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY")
 PLACE = re.compile(r"\bat (\S.*?)\+0x([0-9a-f]+)")
 OFFSET = re.compile(r"\bat 0x([0-9a-f]+) in (\S.*)")  # as older tools write it
 MOST_TEXTS = 40  # lines of one finding that are kept
+
+
+# The one kind of report that is no fault of ours, and why.
+BULK_COPY = (
+    "racecheck takes a bulk copy (UBLKCP) for a write of the thread that issued it and does not see "
+    "that a barrier in shared memory orders the reads (LDS): it reports control.cu too, which does "
+    "this and nothing else"
+)
 
 
 @dataclass
@@ -78,6 +87,22 @@ def parse(output: str) -> list[Finding]:
         places += [(name, int(offset, 16)) for offset, name in OFFSET.findall(text)]
         found[key] = Finding(lines, places, configs={config_of(name) for name, _ in places})
     return sorted(found.values(), key=lambda f: -f.count)
+
+
+def explain(entries: list[dict], instruction: Callable[[str, int], str]) -> None:
+    """Adds to each entry (Finding.facts) its instructions, and the reason where it is BULK_COPY.
+
+    That it is only where the tool reports the control kernel in the same run.
+    """
+    control = any(CONTROL in place for entry in entries for place in entry["places"])
+    for entry in entries:
+        places = [place.rpartition("+") for place in entry["places"]]
+        entry["code"] = [instruction(kernel, int(at, 16)) for kernel, _, at in places]
+        names = {re.sub(r"^@!?U?P\d+ ", "", code).partition(".")[0] for code in entry["code"]}
+        names = {name.partition(" ")[0] for name in names}
+        of_control = all(CONTROL in place for place in entry["places"])
+        if entry["places"] and control and (of_control or names == {"UBLKCP", "LDS"}):
+            entry["explained"] = BULK_COPY
 
 
 def instructions(cuobjdump: str) -> Callable[[str, int], str]:
