@@ -9,9 +9,9 @@ The tools run beside one another, a process each, and a tool that has not ended 
 stopped; what it has said until then counts. A tool is clean when it has found nothing, reached the
 end, and every job's result was right. Next to the JSON lies a log with all that the tools printed.
 
-Findings that differ in threads and addresses only are one, with their number. `--read` looks up the
-instructions that they name in this build's library (cuobjdump), which has to be the one that ran, and
-marks those that are the tool's own fault (`BULK_COPY` in sanitizing/findings.py).
+Findings that differ in threads and addresses only are one, with their number. `--read` looks up
+the instructions that they name in this build's library (cuobjdump), which has to be the one that
+ran, and marks those that say nothing (`BULK_COPY` in sanitizing/findings.py).
 """
 
 from __future__ import annotations
