@@ -144,7 +144,7 @@ def test_a_run_and_its_table(monkeypatch, tmp_path, capsys):
     lines = counter_table.table(counted, sweep()).splitlines()
     assert len(lines) == 5
     assert lines[2] == (
-        "| qwen3-32b.o | 1 | 1.35 x cuBLASLt | **1.25** | 12.0 | 50% | 10.0 "
-        "| 30% | 50% | 55% | 85% | 80% | 10% | 10.0 | 20% | 25% | DRAM |"
+        "| qwen3-32b.o | 1 | 1.35 x cuBLASLt | **1.250** | 12.0 | 50% | 10.0 "
+        "| t128x16_c1k1_s8x28 | 30% | 50% | 55% | 85% | 80% | 10% | 10.0 | 20% | 25% | DRAM |"
     )
     assert "at 1.50 to 1.50 GHz" in lines[-1]

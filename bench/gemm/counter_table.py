@@ -75,7 +75,7 @@ def table(counted: dict, sweep: dict) -> str:
     multiprocessors = run["device"]["multiprocessors"]
     swept = {(p["layer"], p["m"], p["dense"]): p for p in sweep["points"]}
     head = ["layer", "M", "asked", "reached", "us in a chain", "of floor", "us alone"]
-    head += [*TITLES.values(), "SMs busy", "fix-up", "cuBLASLt alone, us"]
+    head += ["config", *TITLES.values(), "SMs busy", "fix-up", "cuBLASLt alone, us"]
     head += ["its tensor cores", "its port", "what binds"]
     lines = [row(head), row(["---"] * len(head))]
     entries = [e for e in counted["points"] if (e["layer"], e["m"], e["dense"]) in swept]
@@ -110,7 +110,7 @@ def _asked(point: dict) -> list[str]:
     found = [c for c in checks_of(point) if c.what == "x cuBLASLt" or not c.met]
     us = point["times"]["spense"]["us"]
     least = ", ".join(f"{c.least:.2f} {c.what}" for c in found)
-    got = ", ".join(f"{c.got:.2f}" if c.met else f"**{c.got:.2f}**" for c in found)
+    got = ", ".join(f"{c.got:.3f}" if c.met else f"**{c.got:.3f}**" for c in found)
     return [least, got, f"{us:.1f}", f"{point['floor_us'] / us:.0%}"]
 
 
@@ -119,6 +119,7 @@ def _cells(entry: dict, point: dict, multiprocessors: int) -> list[str]:
     rival = together(entry["cublas"], multiprocessors)
     return [
         *(entry["layer"], str(entry["m"]), *_asked(point), f"{ours.us:.1f}"),
+        entry["ours"].get("config", ""),
         *(_percent(ours.units.get(name)) for name in TITLES),
         *(_percent(ours.busy), _percent(ours.fixup)),
         f"{rival.us:.1f}" if rival.us else "",
