@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gemm.ceiling import RINGS, _launch
+from gemm.copy_stream import RINGS, copy_stream
 from gemm.machine import machine
 from gemm.operands import reuse_bytes
 from gemm.report import write_points
@@ -100,7 +100,7 @@ def copies_of(op: Op, m: int, ring: str, device: torch.device) -> list[Callable[
     made = []
     for _ in range(count):
         source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes)
-        made.append(partial(_launch, RINGS[ring], source, none, target))
+        made.append(partial(copy_stream, RINGS[ring], source, none, target))
     return made
 
 

@@ -8,7 +8,7 @@
 The formula is that of csrc/heuristics/cost.cpp; python_tests/test_refit.py holds both together.
 First least squares in the logarithm of time, then a search along each constant for less regret,
 which the errors of runs that are close to one another decide. Shapes with no part in the fit are
-`held-out` of gemm/shapes.py, or those that --hold-out names.
+HELD_OUT and UNSEEN of gemm/shapes.py, or those that --hold-out names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from gemm.shapes import HELD_OUT
+from gemm.shapes import HELD_OUT, UNSEEN
 
 from spense_kernels.layout import BLOCK_BYTES, DENSE_UNIT_COLUMNS, TILE_ROWS, ceil_div, padded_k
 
@@ -291,7 +291,8 @@ def report(title: str, model: Model, runs: Runs) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, help="of gemm_sweep.py --configs all")
-    parser.add_argument("--hold-out", nargs="*", default=[f"{n}x{k}" for n, k in HELD_OUT])
+    left_out = [f"{n}x{k}" for n, k in (*HELD_OUT, *UNSEEN)]
+    parser.add_argument("--hold-out", nargs="*", default=left_out)
     parser.add_argument("--fit", action="store_true", help="fit the constants anew")
     parser.add_argument("--write", action="store_true", help="the fitted constants into csrc")
     args = parser.parse_args()

@@ -20,6 +20,7 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 41
 LONG_ROUND_S, MIN_LONG_ROUNDS = 0.03, 3  # where a round lasts so long, few will do
 BLOCK_S, BLOCKS = 0.08, 3  # of every recording, where each has the device to itself
 QUICK_SLEEP_CYCLES = 2_000_000  # about a millisecond, for the host to get ahead in
+LAUNCH_CYCLES = 200_000  # the same for each of many launches, ample
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,20 @@ class Recorder:
         self.pool = torch.cuda.graph_pool_handle()
         self._anchor = None
 
-    def quick(self, choices: Sequence[Sequence[Call]]) -> list[float]:
-        """Rough microseconds of each of several ways to do the same, on a GPU, without a graph."""
+    def quick(self, choices: Sequence[Sequence[Call]], one_wait: bool = False) -> list[float]:
+        """Rough microseconds of each of several ways to do the same, on a GPU, without a graph.
+
+        Before each way the GPU waits for the host to get ahead; with `one_wait` before the first
+        alone, which does for calls that are quick to launch.
+        """
         times = []
         with torch.cuda.stream(self.stream):
+            if one_wait:
+                torch.cuda._sleep(QUICK_SLEEP_CYCLES + LAUNCH_CYCLES * sum(map(len, choices)))
             for calls in choices:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(QUICK_SLEEP_CYCLES)
+                if not one_wait:
+                    torch.cuda._sleep(QUICK_SLEEP_CYCLES)
                 begin.record()
                 _run(calls)
                 end.record()
