@@ -16,6 +16,7 @@ data. A model's line is its four layers back to back in one graph. bench/README.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -219,18 +220,21 @@ class Sweep:
             names = self.args.configs
         print(f"configurations: {', '.join(names)}", flush=True)
         choices, left = Choices(self.recorder, names, self.rate), 0
-        for layer in (layer for layers in groups for layer in layers):
-            for d in self.args.dense:
-                spense = Spense(layer, d, self.device)
+        for layers, d in itertools.product(groups, self.args.dense):
+            of_group = [Spense(layer, d, self.device) for layer in layers]
+            model = of_group if is_model(layers) else []
+            for spense, m in itertools.product(of_group, self.args.m):
+                if self.out_of_time():
+                    left += 1
+                    continue
+                layer = spense.layer
                 shape = {"layer": layer.label, "n": layer.n, "k": layer.k, "dense": d}
                 shape["packed_bytes"] = spense.split.packed_bytes
-                for m in self.args.m:
-                    if self.out_of_time():
-                        left += 1
-                        continue
-                    for name, times in choices.measure(spense, m).items():
-                        self.results.add_config(shape | {"m": m, "config": name} | times)
-                self.results.write(self.file)
+                # Larger products fill the device, and differences of passes drown in their noise.
+                among = model if m < SETTLED_TOKENS else []
+                for name, times in choices.measure(spense, m, among).items():
+                    self.results.add_config(shape | {"m": m, "config": name} | times)
+            self.results.write(self.file)
         if left:
             print(f"--budget-s: left out {left} problems")
         self.run["clocks_end"] = clocks(self.device)

@@ -30,7 +30,7 @@ COSTS, FORMULA = HEURISTICS / "sm90_costs.def", HEURISTICS / "cost.cpp"
 INSTANCES = HEURISTICS / "sm90_instances.def"
 # Constants of the device in cost.cpp, in the order of a parameter vector.
 DEVICE = ("kDramBytesPerUs", "kL2BytesPerUs", "kLaunchUs", "kStreamLaunch", "kDenseUnit")
-DEVICE += ("kExponent", "kReread")
+DEVICE += ("kExponent", "kReread", "kTail")
 L2_BYTES = 40e6
 OF_CONFIG = ("unit", "tile", "fix-up")  # microseconds, in sm90_costs.def
 NEAR = 1.5  # runs up to so many times the fastest of their shape teach the fit
@@ -139,6 +139,7 @@ def facts_of(
         "rounds": ceil_div(row_tiles, config.row_tiles * config.cluster_rows)
         * token_tiles
         / config.slots(multiprocessors),
+        "tickets": config.cluster_rows * config.splits == 1,
         "token_tiles": token_tiles,
         "once": packed_bytes + m * k + 2 * m * n,
         "operands": packed_bytes + m * k,
@@ -149,8 +150,10 @@ def facts_of(
 def estimate(device: dict, unit, tile, fixup, stream, facts: dict) -> np.ndarray:
     rounds, token_tiles = facts["rounds"], facts["token_tiles"]
     tile_us = (facts["sparse"] + facts["dense"] * device["kDenseUnit"]) * unit
-    whole = np.ceil(rounds) * (tile_us + tile)
-    cut = rounds * tile_us + np.ceil(rounds) * tile + fixup
+    full = np.ceil(rounds)
+    by_tickets = np.where(rounds > 1, rounds + device["kTail"] * (full - rounds), full)
+    whole = np.where(facts["tickets"], by_tickets, full) * (tile_us + tile)
+    cut = rounds * tile_us + full * tile + fixup
     work = np.where(stream, cut, whole)
     again = device["kReread"] * np.maximum(0, facts["operands"] - L2_BYTES) * (token_tiles - 1)
     dram = (facts["once"] + np.where(stream, again, 0)) / device["kDramBytesPerUs"]

@@ -9,13 +9,14 @@ from functools import partial
 
 from gemm import ceiling
 from gemm.regret import AUTO, regret_of
-from gemm.rivals import Spense
+from gemm.rivals import Spense, hinted
 from gemm.timing import Call, Recorder, rotation
 
 GRAPH_US = 250  # a recording lasts at least about so long
 MAX_LAUNCHES = 256  # of a recording
 MOST_TOKEN_TILES, FAR_BEHIND = 16, 1.5  # of a configuration that may be the fastest
 ROUNDS, DOUBT_ROUNDS = 5, 15
+ALONE, PASSES = "alone", 4  # through a model's layers
 DOUBT, DOUBTED = 0.03, 3  # regret above which the fastest few are timed again
 
 
@@ -39,31 +40,52 @@ class Choices:
         self.recorder, self.names, self.rate = recorder, names, bytes_per_second
         self._refused: set[str] = set()  # said once
 
-    def measure(self, spense: Spense, m: int) -> dict[str, dict]:
+    def measure(self, spense: Spense, m: int, model: Sequence[Spense] = ()) -> dict[str, dict]:
         """Summaries (timing.Recorder.measure) by configuration, "auto" among them.
+
+        With the layers of a `model` in their order, the layer's time is what it adds to theirs: it
+        is launched between them, each as the op chooses, where it may overlap with other
+        neighbours than itself. "auto" is the layer alone, the others differ from it as passes do.
 
         Configurations that a first launch shows to be far behind are left out. Where the choice
         seems to lose much, it and the fastest others are recorded and timed once more, for longer:
         the least of many times that vary is too good, and where results lie matters too.
         """
         contenders = self._contenders(spense, m)
-        times = self._times(spense, m, contenders, ROUNDS)
+        times = self._times(spense, m, contenders, ROUNDS, model)
         if regret_of(times) > DOUBT:
             forced = sorted((t["us"], name) for name, t in times.items() if name != AUTO)
             again = [AUTO, *(name for _, name in forced[:DOUBTED])]
             close = {name: contenders[name] for name in again}
-            times |= self._times(spense, m, close, DOUBT_ROUNDS)
+            times |= self._times(spense, m, close, DOUBT_ROUNDS, model)
         return times
 
     def _times(
-        self, spense: Spense, m: int, contenders: dict[str, list[Call]], rounds: int
+        self,
+        spense: Spense,
+        m: int,
+        contenders: dict[str, list[Call]],
+        rounds: int,
+        model: Sequence[Spense],
     ) -> dict[str, dict]:
         floor = ceiling.floor_us(spense.layer, spense.split, m, self.rate)
-        recordings = {}
+        alone = rotation(contenders[AUTO], launches(self.recorder, floor, GRAPH_US))
+        recordings = {ALONE: self.recorder.record(alone, len(alone))} if model else {}
+        others = {other: other.calls(m) for other in model if other is not spense}
         for name, calls in contenders.items():
-            turn = rotation(calls, launches(self.recorder, floor, GRAPH_US))
-            recordings[name] = self.recorder.record(turn, len(turn))
-        return self.recorder.measure(recordings, seconds=0, min_rounds=rounds)
+            if model:
+                of = others | {spense: calls}
+                turn = [of[s][i % len(of[s])] for i in range(PASSES) for s in model]
+                recordings[name] = self.recorder.record(hinted(turn), PASSES)
+            else:
+                turn = rotation(calls, launches(self.recorder, floor, GRAPH_US))
+                recordings[name] = self.recorder.record(turn, len(turn))
+        times = self.recorder.measure(recordings, seconds=0, min_rounds=rounds)
+        if model:
+            beside = times[AUTO]["us"] - times.pop(ALONE)["us"]
+            for summary in times.values():
+                summary["us"] = round(summary["us"] - beside, 3)
+        return times
 
     def _contenders(self, spense: Spense, m: int) -> dict[str, list[Call]]:
         """The op's choice, and each configuration that runs here and is not far behind at once."""

@@ -105,7 +105,7 @@ ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slot
   }
   const int32_t tiles =
       static_cast<int32_t>(format::ceil_div(p.row_tiles, group_tiles(config))) * p.token_tiles;
-  if (config.splits > 1 || choice.mode == Mode::kWhole) {
+  if (config.splits > 1 || choice.mode == Mode::kWhole || !streamable(p)) {
     // CTAs that split K exchange their sums once a launch: as many clusters as tiles.
     p.whole = tiles;
     p.clusters = config.splits > 1 ? tiles : std::min(slots, tiles);
@@ -169,7 +169,7 @@ int64_t partial_bytes(const GemmConfig& config, const ScheduleParams& schedule) 
 }
 
 int64_t counter_count(const GemmConfig& config, const ScheduleParams& schedule) {
-  return int64_t{schedule.clusters} * cluster_size(config) * kConsumerWarpgroups;
+  return int64_t{schedule.clusters} * cluster_size(config) * kConsumerWarpgroups + kTicketCounters;
 }
 
 }  // namespace spense::heuristics

@@ -151,6 +151,8 @@ NextLaunch next_launch(const GemmDesc& next, const MaxClusters& fit, const GemmC
 
 // Room that a launch needs for sums that are exchanged or put together, and its counters.
 int64_t partial_bytes(const GemmConfig& config, const ScheduleParams& schedule);
+// Behind a counter for each consumer warpgroup one gives out whole tiles (by_tickets).
+inline constexpr int kTicketCounters = 1;
 int64_t counter_count(const GemmConfig& config, const ScheduleParams& schedule);
 
 }  // namespace spense::heuristics

@@ -103,26 +103,26 @@ class WeightLoader {
       job.sparse_units[t] = tiles[t].sparse_units;
     }
     jobs.put(job);
+#pragma unroll 1
     for (int turn = s.step_begin; turn < s.step_end; ++turn) {
       const int step = walk.step(turn);
 #pragma unroll
       for (int t = 0; t < T::kRowTiles; ++t) {
+        // One call, as it is much code: a CTA that starts late waits for its instructions.
+        const bool sparse = step < tiles[t].sparse_units;
+        const int units = sparse ? 1 : min(2, k_blocks - 2 * step);
+        const uint32_t bytes = sparse ? kSparseUnitBytes : kDenseUnitBytes;
         const uint8_t* unit = tiles[t].unit(step);
-        if (step < tiles[t].sparse_units) {
-          put(t, unit, kSparseUnitBytes);
-        } else {
-          put(t, unit, kDenseUnitBytes);
-          if (2 * step + 1 < k_blocks) put(t, unit + kDenseUnitBytes, kDenseUnitBytes);
-        }
+#pragma unroll 1
+        for (int i = 0; i < units; ++i) put(t, unit + i * bytes, bytes);
       }
     }
   }
 
   // After the last segment: begins with what the next launch will load first.
   __device__ void finish() const {
-    const uint8_t* next = issued_ > T::kWSlots ? next_ : next_launch();
-    if (next == nullptr) return;
-    prefetch(next, p_.next.w, p_.next.launch.schedule, heuristics::kNextBytes);
+    if (next_ == nullptr) return;
+    prefetch(next_, p_.next.w, p_.next.launch.schedule, heuristics::kNextBytes);
   }
 
  private:

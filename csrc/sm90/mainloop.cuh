@@ -37,8 +37,8 @@ class Multiplier {
     second_word_ = lane / 2 % 2 != 0;
   }
 
-  // sums = the part of the tile that the turns [begin, end) of the walk make up. Every slot is given
-  // back when it returns.
+  // sums = the part of the tile that the turns [begin, end) of the walk make up. Every slot is
+  // given back when it returns.
   __device__ void run(Sums sums, const heuristics::Walk& walk, int begin, int end, int sparse_units,
                       int k_blocks) {
     inside_ = false;
