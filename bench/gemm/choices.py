@@ -16,6 +16,7 @@ GRAPH_US = 250  # a recording lasts at least about so long
 MAX_LAUNCHES = 256  # of a recording
 MOST_TOKEN_TILES, FAR_BEHIND = 16, 1.5  # of a configuration that may be the fastest
 ROUNDS, DOUBT_ROUNDS = 5, 15
+HUNGRY_TOKENS, CLOSE = 1024, 1.2  # from here on those that are close run one after another
 ALONE, PASSES = "alone", 4  # through a model's layers
 DOUBT, DOUBTED = 0.03, 3  # regret above which the fastest few are timed again
 
@@ -80,6 +81,8 @@ class Choices:
             else:
                 turn = rotation(calls, launches(self.recorder, floor, GRAPH_US))
                 recordings[name] = self.recorder.record(turn, len(turn))
+        if m >= HUNGRY_TOKENS:
+            return self.recorder.measure_settled(recordings)
         times = self.recorder.measure(recordings, seconds=0, min_rounds=rounds)
         if model:
             beside = times[AUTO]["us"] - times.pop(ALONE)["us"]
@@ -109,9 +112,9 @@ class Choices:
         # Each launch on another copy, so that none finds the weight in L2.
         turns = [[calls[i % len(calls)]] for i, calls in enumerate(found.values())]
         times = self.recorder.quick(turns, one_wait=True)
-        least = min(times)
+        least, far = min(times), CLOSE if m >= HUNGRY_TOKENS else FAR_BEHIND
         return {
             name: calls
             for (name, calls), us in zip(found.items(), times, strict=True)
-            if name == AUTO or us < FAR_BEHIND * least
+            if name == AUTO or us < far * least
         }

@@ -55,7 +55,8 @@ __device__ __forceinline__ void sync_cluster() {
 }
 
 // Gives out the whole tiles behind the first of each CTA. The counter is back to 0 when every CTA
-// has been told that there are no more; the kernel ahead may use it till its end.
+// has been told that there are no more; the kernel ahead may use it till its end. Not for clusters
+// of several CTAs.
 class Tickets {
  public:
   __device__ explicit Tickets(const Params& p) : p_(p) {}
@@ -64,8 +65,7 @@ class Tickets {
     if (!waited_) ptx::grid_dependency_wait();
     waited_ = true;
     const heuristics::ScheduleParams& s = p_.schedule;
-    uint32_t* counter =
-        p_.counters + static_cast<int64_t>(gridDim.x) * heuristics::kConsumerWarpgroups;
+    uint32_t* counter = p_.counters + s.clusters * heuristics::kConsumerWarpgroups;
     uint32_t ticket = 0;
     if (ptx::lane_id() == 0) ticket = ptx::atomic_ticket(counter, s.whole - 1);
     return s.clusters + static_cast<int>(__shfl_sync(~0u, ticket, 0));

@@ -173,6 +173,7 @@ class Multiplier {
   // Gives back the block of x that was under way, and its unit of w when that ends with it.
   __device__ __forceinline__ void release() {
     if (!under_way_) return;
+    __syncwarp();  // all lanes have read their metadata
     if (ends_unit_) {
       arrive<1>(w_empty_ + 8 * w_done_.slot, 0);
       w_done_.advance();
