@@ -42,13 +42,25 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   using T = typename Source::Element;
   using Loaded = Eight<T>;
   constexpr int kCopies = sizeof(Loaded) / 16;
+  constexpr bool kStages = kRows * kVectors > 1;
   __shared__ Parts<uint32_t, kRows> peaks[2];
+  __shared__ Parts<double, kRows> sums;
+  __shared__ uint64_t bytes_arrived;
 
   ptx::grid_launch_dependents();
   const bool shared_row = kRows == 1 && slices.cluster > 1;
   const Team team{shared_row ? ptx::cluster_rank() : 0u, shared_row ? gridDim.x : 1u};
-  // No CTA of the cluster may be written to before it runs.
-  if (shared_row) ptx::cluster_arrive();
+  if (shared_row) {
+    // No CTA of the cluster may be written to before it runs.
+    if (threadIdx.x == 0) {
+      sums.init();
+      for (auto& each : peaks) each.init();
+      ptx::barrier_init(ptx::smem_address(&bytes_arrived), 1);
+      ptx::barrier_init_fence();
+    }
+    __syncwarp();
+    ptx::cluster_arrive_relaxed();
+  }
   const int k = static_cast<int>(p.k), padded = static_cast<int>(p.y_stride);
   const int begin = min(static_cast<int>(team.rank) * slices.width, padded);
   const int end = min(begin + slices.width, padded);
@@ -73,6 +85,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   if (shared_row) ptx::cluster_wait();
   ptx::grid_dependency_wait();
 
+  const uint32_t arrived = ptx::smem_address(&bytes_arrived);
   const int inputs = source.inputs();
   const int64_t groups = (p.m + kRows - 1) / kRows;
   const auto row_of = [&](int64_t group, int r) { return min(group * kRows + r, p.m - 1); };
@@ -80,29 +93,31 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     const int at = (input * kRows + r) * slices.width + (c - begin);
     return row_memory + slices.stage + at * static_cast<int>(sizeof(T));
   };
-  const auto fetch = [&](int64_t group) {
+  const auto fetch_input = [&](int input, int64_t group) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int c = column(v);
       if (c >= end || c + kColumns > k) continue;
-      for (int input = 0; input < inputs; ++input) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const auto* from =
-              reinterpret_cast<const uint4*>(source.row(input, row_of(group, r)) + c);
-          const uint32_t to = ptx::smem_address(slot(input, r, c));
+      for (int r = 0; r < kRows; ++r) {
+        const auto* from = reinterpret_cast<const uint4*>(source.row(input, row_of(group, r)) + c);
+        const uint32_t to = ptx::smem_address(slot(input, r, c));
 #pragma unroll
-          for (int i = 0; i < kCopies; ++i) ptx::copy_async(to + i * 16, from + i);
-        }
+        for (int i = 0; i < kCopies; ++i) ptx::copy_async(to + i * 16, from + i);
       }
     }
   };
-  if (slices.stage) fetch(blockIdx.y);
+  const auto fetch = [&](int64_t group) {
+    if (!kStages || !slices.stage || group >= groups) return;
+    fetch_input(0, group);
+    if (inputs > 1) fetch_input(1, group);
+  };
+  fetch(blockIdx.y);
 
-  int turn = 0;
-  for (int64_t group = blockIdx.y; group < groups; group += gridDim.y, turn ^= 1) {
+  uint32_t turn = 0;
+  for (int64_t group = blockIdx.y; group < groups; group += gridDim.y, ++turn) {
     Loaded in[kRows][kVectors][2];
-    if (slices.stage) ptx::copy_async_wait();
+    if (kStages && slices.stage) ptx::copy_async_wait();
     const auto load_input = [&](int input) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
@@ -111,11 +126,11 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         for (int r = 0; r < kRows; ++r) {
           if (c >= end) {
             in[r][v][input] = Loaded{};
-          } else if (slices.stage && c + kColumns <= k) {
+          } else if (kStages && slices.stage && c + kColumns <= k) {
             in[r][v][input] = *reinterpret_cast<const Loaded*>(slot(input, r, c));
           } else {
             const T* from = source.row(input, row_of(group, r)) + c;
-            in[r][v][input] = load_columns(from, k - c, source.aligned);
+            in[r][v][input] = load_columns<Reuse::kNever>(from, k - c, source.aligned);
           }
         }
       }
@@ -135,12 +150,11 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         kept[r][v] = source.take(in[r][v], row, c, owned ? k - c : 0, squares[r]);
       }
     }
-    if (slices.stage && group + gridDim.y < groups) fetch(group + gridDim.y);
+    fetch(group + gridDim.y);
 
     float factor[kRows] = {};
     if constexpr (Source::kSums) {
-      __shared__ Parts<double, kRows> sums;
-      const float mine = source.factor(sum_rows(squares, team, sums));
+      const float mine = source.factor(sum_rows(squares, team, sums, turn & 1));
 #pragma unroll
       for (int r = 0; r < kRows; ++r) factor[r] = __shfl_sync(~0u, mine, r * (32 / kRows));
     }
@@ -162,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         peak[r] = source.raise(peak[r], kept[r][v], factor[r], held[v]);
       }
     }
-    max_rows(peak, team, peaks[turn]);
+    max_rows(peak, team, peaks[turn & 1], turn >> 1 & 1);
     forget();
 
     float inverse[kRows];
@@ -201,7 +215,8 @@ __global__ void __launch_bounds__(kThreads, kCtas)
             const uint32_t to = ptx::smem_address(row_memory + c);
             const uint64_t both = bytes.low | static_cast<uint64_t>(bytes.high) << 32;
             for (uint32_t cta = 0; cta < team.size; ++cta) {
-              ptx::store_remote(ptx::remote_address(to, cta), both);
+              ptx::store_async(ptx::remote_address(to, cta), both,
+                               ptx::remote_address(arrived, cta));
             }
           }
         }
@@ -224,7 +239,12 @@ __global__ void __launch_bounds__(kThreads, kCtas)
       }
     }
     if (p.gather == nullptr) continue;
-    team.barrier();
+    if (shared_row) {
+      if (threadIdx.x == 0) ptx::barrier_arrive_expect(arrived, static_cast<uint32_t>(padded));
+      ptx::barrier_wait(arrived, turn & 1);
+    } else {
+      __syncthreads();
+    }
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int c = column(v);

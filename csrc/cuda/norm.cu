@@ -35,7 +35,7 @@ struct NormSource {
     return input == 0 ? x + m * x_stride : residual + m * residual_stride;
   }
   __device__ Held hold(int c, int columns) const {
-    return load_columns(weight + c, columns - c, aligned);
+    return load_columns<Reuse::kOthers>(weight + c, columns - c, aligned);
   }
 
   __device__ Kept take(const Eight<T> (&in)[2], int64_t m, int c, int left, double& squares) const {

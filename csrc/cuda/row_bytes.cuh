@@ -29,7 +29,7 @@ template <int kRows>
 __device__ void read_gather(const QuantizeArgs& p, int c, int (&places)[kColumns]) {
   const int k = static_cast<int>(p.k);
   const bool aligned = reinterpret_cast<uintptr_t>(p.gather) % 16 == 0;
-  const Eight<int> columns = load_columns(p.gather + c, k - c, aligned);
+  const Eight<int> columns = load_columns<Reuse::kOthers>(p.gather + c, k - c, aligned);
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
     const uint32_t column = columns.words[i];

@@ -72,14 +72,17 @@ struct alignas(16) Eight {
   }
 };
 
-// The first `left` of 8 elements, zero for the others. Nobody reads them again soon.
-template <typename T>
+enum class Reuse { kNever, kOthers };  // whether other CTAs read the same
+
+// The first `left` of 8 elements, zero for the others.
+template <Reuse kReuse, typename T>
 __device__ Eight<T> load_columns(const T* from, int left, bool aligned) {
   Eight<T> v = {};
   if (aligned && left >= 8) {
 #pragma unroll
     for (int i = 0; i < Eight<T>::kWords / 4; ++i) {
-      const uint4 four = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+      const auto* words = reinterpret_cast<const uint4*>(from) + i;
+      const uint4 four = kReuse == Reuse::kNever ? __ldcs(words) : __ldg(words);
       v.words[4 * i] = four.x, v.words[4 * i + 1] = four.y;
       v.words[4 * i + 2] = four.z, v.words[4 * i + 3] = four.w;
     }
