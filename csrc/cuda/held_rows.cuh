@@ -182,10 +182,8 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     float inverse[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const bool finite = peak[r] < kInfinityBits;
-      const float scale = finite ? fmaxf(__uint_as_float(peak[r]), 1e-12f) * (1.0f / 448.0f)
-                                 : __uint_as_float(kNanBits);
-      inverse[r] = __fdiv_rn(1.0f, scale);  // NaN makes all bytes 0x7F
+      const float scale = scale_of(peak[r]);
+      inverse[r] = __fdiv_rn(1.0f, scale);
       const int64_t row = group * kRows + r;
       if (threadIdx.x == static_cast<unsigned>(r) && team.rank == 0 && row < p.m)
         p.scale[row] = scale;

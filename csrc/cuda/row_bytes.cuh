@@ -37,6 +37,13 @@ __device__ void read_gather(const QuantizeArgs& p, int c, int (&places)[kColumns
   }
 }
 
+// Of a row whose largest |v| has these bits. NaN where that is not finite, and a NaN as factor
+// makes all bytes 0x7F.
+__device__ inline float scale_of(uint32_t peak) {
+  if (peak >= kInfinityBits) return __uint_as_float(kNanBits);
+  return fmaxf(__uint_as_float(peak), 1e-12f) * (1.0f / 448.0f);
+}
+
 __device__ inline uint32_t fp8_pair(float low, float high) {
   return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
 }

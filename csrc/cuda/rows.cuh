@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels that quantise rows share: element types, and launches of many rows.
+// What the kernels that quantise rows share: element types, and runs of 8 columns.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -134,19 +134,6 @@ void with_type(InType type, Run run) {
       return run.template operator()<__half>();
     case InType::kFloat32:
       return run.template operator()<float>();
-  }
-}
-
-// Calls launch(part, first row) for as many rows at a time as one grid takes.
-template <typename Launch>
-void for_parts(const QuantizeArgs& args, Launch launch) {
-  for (int64_t row = 0; row < args.m; row += kMaxGridRows) {
-    QuantizeArgs part = args;
-    part.m = std::min(kMaxGridRows, args.m - row);
-    part.x = static_cast<const char*>(args.x) + row * args.x_stride * bytes_of(args.in);
-    part.y = args.y + row * args.y_stride;
-    part.scale = args.scale + row;
-    launch(part, row);
   }
 }
 
