@@ -29,14 +29,21 @@ struct PlainSource {
   using Element = T;
   using Kept = Eight<T>;
   struct Held {};  // no weight
+  static constexpr int kInputs = 1;
   static constexpr bool kSums = false;
   static constexpr int kMaxRows = sizeof(T) == 2 ? 4 : 2;
   static constexpr int kMaxVectors = 4;
 
-  __host__ __device__ int inputs() const { return 1; }
-  __device__ const T* row(int, int64_t m) const { return x + m * x_stride; }
-  __device__ Held hold(int, int) const { return {}; }
-  __device__ Kept take(const Eight<T> (&in)[2], int64_t, int, int, double&) const { return in[0]; }
+  __device__ const T* input(int, int64_t m) const { return x + m * x_stride; }
+  __device__ int64_t stride(int) const { return x_stride; }
+  template <bool>
+  __device__ Held hold(int, int) const {
+    return {};
+  }
+  template <bool>
+  __device__ Kept take(const Eight<T> (&in)[1], int64_t, int, int, double&) const {
+    return in[0];
+  }
   __device__ float factor(double) const { return 1.0f; }
   __device__ float value(const Kept& kept, int i, float, Held) const { return kept.get(i); }
   __device__ uint32_t raise(uint32_t peak, const Kept& kept, float, Held) const {
@@ -57,12 +64,12 @@ __global__ void __launch_bounds__(kLongThreads)
   ptx::grid_launch_dependents();
   ptx::grid_dependency_wait();
   const int64_t row = blockIdx.y;
-  const T* x = source.row(0, row);
+  const T* x = source.input(0, row);
   const int k = static_cast<int>(p.k), stride = kLongThreads * kColumns;
   const int first = static_cast<int>(threadIdx.x) * kColumns;
   uint32_t peak[1] = {};
   for (int c = first; c < k; c += stride) {
-    const auto kept = load_columns<Reuse::kOthers>(x + c, k - c, source.aligned);
+    const auto kept = load_columns<Reuse::kOthers, false>(x + c, k - c);
     peak[0] = source.raise(peak[0], kept, 1.0f, {});
   }
   max_rows(peak, Team{0, 1}, peaks, 0);
@@ -77,7 +84,8 @@ __global__ void __launch_bounds__(kLongThreads)
       const float v = __fmul_rn(to_float(x[from]), inverse);
       pairs[i / 2] = i % 2 == 0 ? fp8_pair(v, 0.0f) : pairs[i / 2] | fp8_pair(v, 0.0f) << 8;
     }
-    store_bytes(p, row, c, {pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16});
+    store_bytes<false>(p.y + row * p.y_stride + c, k - c,
+                       {pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16});
   }
 }
 

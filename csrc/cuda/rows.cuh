@@ -74,20 +74,21 @@ struct alignas(16) Eight {
 
 enum class Reuse { kNever, kOthers };  // whether other CTAs read the same
 
-// The first `left` of 8 elements, zero for the others.
-template <Reuse kReuse, typename T>
-__device__ Eight<T> load_columns(const T* from, int left, bool aligned) {
+// The first `left` of 8 elements, zero for the others. kRegular: all or none, and aligned.
+template <Reuse kReuse, bool kRegular, typename T>
+__device__ Eight<T> load_columns(const T* from, int left) {
   Eight<T> v = {};
-  if (aligned && left >= 8) {
+  if constexpr (kRegular) {
+    if (left > 0) {
 #pragma unroll
-    for (int i = 0; i < Eight<T>::kWords / 4; ++i) {
-      const auto* words = reinterpret_cast<const uint4*>(from) + i;
-      const uint4 four = kReuse == Reuse::kNever ? __ldcs(words) : __ldg(words);
-      v.words[4 * i] = four.x, v.words[4 * i + 1] = four.y;
-      v.words[4 * i + 2] = four.z, v.words[4 * i + 3] = four.w;
+      for (int i = 0; i < Eight<T>::kWords / 4; ++i) {
+        const auto* words = reinterpret_cast<const uint4*>(from) + i;
+        const uint4 four = kReuse == Reuse::kNever ? __ldcs(words) : __ldg(words);
+        v.words[4 * i] = four.x, v.words[4 * i + 1] = four.y;
+        v.words[4 * i + 2] = four.z, v.words[4 * i + 3] = four.w;
+      }
     }
   } else {
-    // Rolled, so that the rare case takes no registers from the common one.
 #pragma unroll 1
     for (int i = 0; i < 8; ++i) v.push(i < left ? from + i : nullptr);
   }
@@ -95,20 +96,20 @@ __device__ Eight<T> load_columns(const T* from, int left, bool aligned) {
 }
 
 // Stores the first `left` of 8 elements.
-template <typename T>
-__device__ void store_columns(T* to, Eight<T> v, int left, bool aligned) {
-  if (aligned && left >= 8) {
-    *reinterpret_cast<Eight<T>*>(to) = v;
-    return;
-  }
+template <bool kRegular, typename T>
+__device__ void store_columns(T* to, Eight<T> v, int left) {
+  if constexpr (kRegular) {
+    if (left > 0) *reinterpret_cast<Eight<T>*>(to) = v;
+  } else {
 #pragma unroll 1
-  for (int i = 0; i < left && i < 8; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      *reinterpret_cast<uint32_t*>(to + i) = v.words[0];
-    } else {
-      *reinterpret_cast<uint16_t*>(to + i) = static_cast<uint16_t>(v.words[0]);
+    for (int i = 0; i < left && i < 8; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        *reinterpret_cast<uint32_t*>(to + i) = v.words[0];
+      } else {
+        *reinterpret_cast<uint16_t*>(to + i) = static_cast<uint16_t>(v.words[0]);
+      }
+      v.push(nullptr);
     }
-    v.push(nullptr);
   }
 }
 
