@@ -158,9 +158,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
 
     float factor[kRows] = {};
     if constexpr (Source::kSums) {
-      const float mine = source.factor(sum_rows(squares, team, sums, turn & 1));
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) factor[r] = __shfl_sync(~0u, mine, r * (32 / kRows));
+      spread_rows(source.factor(sum_rows(squares, team, sums, turn & 1)), factor);
     }
     const auto forget = [&] {
 #pragma unroll
@@ -179,18 +177,15 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         peak[r] = source.raise(peak[r], kept[r][v], factor[r], held[v]);
       }
     }
-    max_rows(peak, team, peaks[turn & 1], turn >> 1 & 1);
-    forget();
-
-    float inverse[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const float scale = scale_of(peak[r]);
-      inverse[r] = __fdiv_rn(1.0f, scale);
-      if (threadIdx.x == static_cast<unsigned>(r) && team.rank == 0 && r < rows) {
-        p.scale[row + r] = scale;
-      }
+    const float scale = scale_of(max_rows(peak, team, peaks[turn & 1], turn >> 1 & 1));
+    constexpr unsigned kLanes = 32 / kRows;
+    const unsigned of_row = threadIdx.x / kLanes;
+    if (threadIdx.x % kLanes == 0 && team.rank == 0 && of_row < static_cast<unsigned>(rows)) {
+      p.scale[row + of_row] = scale;
     }
+    float inverse[kRows];
+    spread_rows(__frcp_rn(scale), inverse);
+    forget();
     const auto quantised = [&](int r, int v, int i) {
       return __fmul_rn(source.value(kept[r][v], i, factor[r], held[v]), inverse[r]);
     };
@@ -229,6 +224,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         if (shared_row) {
           const uint32_t to = ptx::smem_address(row_memory + c);
           const uint64_t both = bytes.low | static_cast<uint64_t>(bytes.high) << 32;
+#pragma unroll 2
           for (uint32_t cta = 0; cta < team.size; ++cta) {
             ptx::store_async(ptx::remote_address(to, cta), both, ptx::remote_address(arrived, cta));
           }

@@ -63,7 +63,7 @@ struct NormSource {
   }
   __device__ float factor(double total) const {
     const float mean = __fdiv_rn(static_cast<float>(total), static_cast<float>(k));
-    return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, eps)));
+    return __frcp_rn(__fsqrt_rn(__fadd_rn(mean, eps)));
   }
   __device__ float value(const Kept& s, int i, float r, const Held& held) const {
     return __fmul_rn(__fmul_rn(s.get(i), r), __fadd_rn(offset, held.get(i)));

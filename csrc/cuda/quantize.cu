@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kLongThreads)
     const auto kept = load_columns<Reuse::kOthers, false>(x + c, k - c);
     peak[0] = source.raise(peak[0], kept, 1.0f, {});
   }
-  max_rows(peak, Team{0, 1}, peaks, 0);
-  const float scale = scale_of(peak[0]), inverse = __fdiv_rn(1.0f, scale);
+  const float scale = scale_of(max_rows(peak, Team{0, 1}, peaks, 0)), inverse = __frcp_rn(scale);
+
   if (threadIdx.x == 0) p.scale[row] = scale;
   for (int c = first; c < static_cast<int>(p.y_stride); c += stride) {
     uint32_t pairs[kColumns / 2];
