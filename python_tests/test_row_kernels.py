@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spense_kernels import ops
 from spense_kernels.layout import padded_k
+from spense_kernels.quant import quantize_fp8_reference
 from spense_kernels.testing.generators import generator
 from spense_kernels.testing.neighbours import GATED_ERROR, gated_float64, quantized_excess
 from spense_kernels.testing.numeric import assert_bitwise
@@ -135,6 +136,18 @@ def test_activations_are_within_their_bound(program, tmp_path, case):
         v = gated_float64(gate, up, approximate)
         v = v if case.order is None else v[:, case.order.long()]
         assert quantized_excess(y.view(torch.float8_e4m3fn), scale, v, GATED_ERROR) <= 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, Case(2, 140000, torch.bfloat16, True, 140000)],  # too long for registers
+    ids=lambda c: f"{c.m}x{c.k}-{c.dtype}-{c.gather}",
+)
+def test_quantised_rows_are_the_twins_bit_for_bit(program, tmp_path, case):
+    y, scale, _, _ = case.run(program, tmp_path, "plain", None, 0, False)
+    wanted, wanted_scale = quantize_fp8_reference(case.columns(case.x), case.order)
+    assert_bitwise(scale, wanted_scale)
+    assert_bitwise(y, wanted.view(torch.uint8))
 
 
 def test_clusters_are_taken_where_rows_are_few_and_long(program, tmp_path):

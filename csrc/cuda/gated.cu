@@ -32,16 +32,20 @@ struct GatedSource {
   using Element = T;
   using Kept = Eight<float>;
   struct Held {};  // no weight
+  static constexpr int kInputs = 2;
   static constexpr bool kSums = false;
   static constexpr int kMaxRows = 2;
   static constexpr int kMaxVectors = 4;
 
-  __host__ __device__ int inputs() const { return 2; }
-  __device__ const T* row(int input, int64_t m) const {
-    return input == 0 ? gate + m * gate_stride : up + m * up_stride;
+  __device__ const T* input(int i, int64_t m) const {
+    return i == 0 ? gate + m * gate_stride : up + m * up_stride;
   }
-  __device__ Held hold(int, int) const { return {}; }
-
+  __device__ int64_t stride(int i) const { return i == 0 ? gate_stride : up_stride; }
+  template <bool>
+  __device__ Held hold(int, int) const {
+    return {};
+  }
+  template <bool>
   __device__ Kept take(const Eight<T> (&in)[2], int64_t, int, int, double&) const {
     Kept product;
 #pragma unroll

@@ -10,11 +10,12 @@
 //
 // A Source holds the inputs and brings
 //   Element, Kept, Held       element of the inputs; what stays of 8 columns of a row, of a weight
-//   kSums                     whether a factor that follows from the sum of squares comes in
+//   kInputs, kSums            their number; whether a factor that follows from squares comes in
 //   kMaxRows, kMaxVectors     what the registers hold
-//   inputs(), row(i, m)       how many inputs, and row m of one
+//   input(i, m), stride(i)    row m of an input, elements between rows
+//   aligned                   whether rows of inputs and weights start at multiples of 16 bytes
 //   hold(c, k)                weights of 8 columns, which no kernel before writes
-//   take(in, m, c, k, squares) what to keep of 8 columns
+//   take(in, m, c, left, squares)   what to keep of 8 columns, of which `left` exist
 //   factor(sum)               of the row
 //   raise(peak, kept, factor, held), value(kept, i, factor, held)   bits of |v|; v
 #pragma once
@@ -33,116 +34,131 @@ constexpr int64_t kNearColumns = 1 << 16;
 struct Slices {
   int width = 0;  // columns of a CTA
   int cluster = 1;
-  int stage = 0;  // where rows on their way lie in shared memory, 0: loads go to registers
+  int stage = 0;  // where rows on their way lie in shared memory
 };
 
-template <typename Source, int kRows, int kVectors, int kThreads, int kCtas>
+extern __shared__ __align__(16) unsigned char row_memory[];
+
+// kRegular: whole, aligned runs of 8 columns, and places of a gather in 16 bits.
+template <typename Source, int kRows, int kVectors, int kThreads, int kCtas, bool kRegular>
 __global__ void __launch_bounds__(kThreads, kCtas)
     quantize_held_rows(const Source source, const QuantizeArgs p, const Slices slices) {
   using T = typename Source::Element;
-  using Loaded = Eight<T>;
-  constexpr int kCopies = sizeof(Loaded) / 16;
+  using Run = Eight<T>;
+  constexpr int kInputs = Source::kInputs;
+  constexpr bool kStaged = kRegular && kRows * kVectors > 1;  // rows come through shared memory
+  static_assert(kRegular || kRows == 1);
   __shared__ Parts<uint32_t, kRows> peaks[2];
+  __shared__ Parts<double, kRows> sums;
+  __shared__ uint64_t bytes_arrived;
 
   ptx::grid_launch_dependents();
   const bool shared_row = kRows == 1 && slices.cluster > 1;
   const Team team{shared_row ? ptx::cluster_rank() : 0u, shared_row ? gridDim.x : 1u};
-  // No CTA of the cluster may be written to before it runs.
-  if (shared_row) ptx::cluster_arrive();
+  const uint32_t arrived = ptx::smem_address(&bytes_arrived);
+  if (shared_row) {
+    // No CTA of the cluster may be written to before it runs.
+    if (threadIdx.x == 0) {
+      sums.init();
+      for (auto& each : peaks) each.init();
+      ptx::barrier_init(arrived, 1);
+      ptx::barrier_init_fence();
+    }
+    __syncwarp();
+    ptx::cluster_arrive_relaxed();
+  }
   const int k = static_cast<int>(p.k), padded = static_cast<int>(p.y_stride);
   const int begin = min(static_cast<int>(team.rank) * slices.width, padded);
   const int end = min(begin + slices.width, padded);
-  const auto column = [&](int v) {
-    return begin + static_cast<int>(v * blockDim.x + threadIdx.x) * kColumns;
-  };
-  const bool near = kRows > 1 || k <= kNearColumns;
+  int columns[kVectors];
   typename Source::Held held[kVectors];
   Places places[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int c = column(v);
-    if (c >= end) continue;
-    held[v] = source.hold(c, k);
-    if (p.gather && near) {
-      int wide[kColumns];
-      read_gather<kRows>(p, c, wide);
-#pragma unroll
-      for (int i = 0; i < kColumns; i += 2) places[v].pairs[i / 2] = wide[i] | wide[i + 1] << 16;
+    columns[v] = begin + static_cast<int>(v * blockDim.x + threadIdx.x) * kColumns;
+    held[v] = source.template hold<kRegular>(columns[v], min(end, k) - columns[v]);
+    if (kRegular && p.gather && columns[v] < end) {
+      places[v].set(read_gather<kRows, kRegular>(p, columns[v]));
     }
   }
   if (shared_row) ptx::cluster_wait();
   ptx::grid_dependency_wait();
 
-  const int inputs = source.inputs();
-  const int64_t groups = (p.m + kRows - 1) / kRows;
-  const auto row_of = [&](int64_t group, int r) { return min(group * kRows + r, p.m - 1); };
-  const auto slot = [&](int input, int r, int c) {
-    const int at = (input * kRows + r) * slices.width + (c - begin);
-    return row_memory + slices.stage + at * static_cast<int>(sizeof(T));
+  // Each thread's runs of the rows on their way; nobody else reads them.
+  constexpr int kRunBytes = static_cast<int>(sizeof(Run));
+  unsigned char* const stage = row_memory + slices.stage + threadIdx.x * kRunBytes;
+  const auto slot = [&](int input, int r, int v) {
+    return stage + ((input * kRows + r) * kVectors + v) * (kThreads * kRunBytes);
   };
-  const auto fetch = [&](int64_t group) {
+  const int64_t m = p.m, step = int64_t{gridDim.y} * kRows;
+  const auto fetch = [&](int64_t row) {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int c = column(v);
-      if (c >= end || c + kColumns > k) continue;
-      for (int input = 0; input < inputs; ++input) {
+    for (int input = 0; input < kInputs; ++input) {
+      const T* from = source.input(input, row);
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const auto* from =
-              reinterpret_cast<const uint4*>(source.row(input, row_of(group, r)) + c);
-          const uint32_t to = ptx::smem_address(slot(input, r, c));
+      for (int r = 0; r < kRows; ++r, from += source.stride(input)) {
+        if (row + r >= m) break;
 #pragma unroll
-          for (int i = 0; i < kCopies; ++i) ptx::copy_async(to + i * 16, from + i);
+        for (int v = 0; v < kVectors; ++v) {
+          if (columns[v] >= min(end, k)) continue;
+#pragma unroll
+          for (int i = 0; i < kRunBytes; i += 16) {
+            ptx::copy_async(ptx::smem_address(slot(input, r, v) + i),
+                            reinterpret_cast<const unsigned char*>(from + columns[v]) + i);
+          }
         }
       }
     }
   };
-  if (slices.stage) fetch(blockIdx.y);
+  if constexpr (kStaged) {
+    // What is not loaded shall not be NaN.
+#pragma unroll
+    for (int i = 0; i < kInputs * kRows * kVectors; ++i) {
+      *reinterpret_cast<Run*>(slot(0, 0, 0) + i * (kThreads * kRunBytes)) = Run{};
+    }
+    fetch(int64_t{blockIdx.y} * kRows);
+  }
 
-  int turn = 0;
-  for (int64_t group = blockIdx.y; group < groups; group += gridDim.y, turn ^= 1) {
-    Loaded in[kRows][kVectors][2];
-    if (slices.stage) ptx::copy_async_wait();
-    const auto load_input = [&](int input) {
+  uint32_t turn = 0;
+  for (int64_t row = int64_t{blockIdx.y} * kRows; row < m; row += step, ++turn) {
+    const int rows = kRows == 1 ? 1 : static_cast<int>(min(m - row, int64_t{kRows}));
+    Run in[kInputs][kRows][kVectors];
+    if constexpr (kStaged) ptx::copy_async_wait();
+#pragma unroll
+    for (int input = 0; input < kInputs; ++input) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        const int c = column(v);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          if (c >= end) {
-            in[r][v][input] = Loaded{};
-          } else if (slices.stage && c + kColumns <= k) {
-            in[r][v][input] = *reinterpret_cast<const Loaded*>(slot(input, r, c));
+          if constexpr (kStaged) {
+            in[input][r][v] = *reinterpret_cast<const Run*>(slot(input, r, v));
           } else {
-            const T* from = source.row(input, row_of(group, r)) + c;
-            in[r][v][input] = load_columns(from, k - c, source.aligned);
+            const T* from = source.input(input, row) + columns[v];
+            in[input][r][v] = load_columns<Reuse::kNever, kRegular>(from, min(end, k) - columns[v]);
           }
         }
       }
-    };
-    load_input(0);
-    if (inputs > 1) load_input(1);
-
+    }
     typename Source::Kept kept[kRows][kVectors];
     double squares[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t row = group * kRows + r;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        const int c = column(v);
-        const bool owned = c < end && row < p.m;
-        kept[r][v] = source.take(in[r][v], row, c, owned ? k - c : 0, squares[r]);
+        const int left = r < rows ? min(end, k) - columns[v] : 0;
+        Run both[kInputs];
+#pragma unroll
+        for (int input = 0; input < kInputs; ++input) both[input] = in[input][r][v];
+        kept[r][v] = source.template take<kRegular>(both, row + r, columns[v], left, squares[r]);
       }
     }
-    if (slices.stage && group + gridDim.y < groups) fetch(group + gridDim.y);
+    if constexpr (kStaged) {
+      if (row + step < m) fetch(row + step);
+    }
 
     float factor[kRows] = {};
     if constexpr (Source::kSums) {
-      __shared__ Parts<double, kRows> sums;
-      const float mine = source.factor(sum_rows(squares, team, sums));
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) factor[r] = __shfl_sync(~0u, mine, r * (32 / kRows));
+      spread_rows(source.factor(sum_rows(squares, team, sums, turn & 1)), factor);
     }
     const auto forget = [&] {
 #pragma unroll
@@ -156,56 +172,66 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     uint32_t peak[kRows] = {};
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (column(v) >= end) continue;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         peak[r] = source.raise(peak[r], kept[r][v], factor[r], held[v]);
       }
     }
-    max_rows(peak, team, peaks[turn]);
-    forget();
-
-    float inverse[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const bool finite = peak[r] < kInfinityBits;
-      const float scale = finite ? fmaxf(__uint_as_float(peak[r]), 1e-12f) * (1.0f / 448.0f)
-                                 : __uint_as_float(kNanBits);
-      inverse[r] = __fdiv_rn(1.0f, scale);  // NaN makes all bytes 0x7F
-      const int64_t row = group * kRows + r;
-      if (threadIdx.x == static_cast<unsigned>(r) && team.rank == 0 && row < p.m)
-        p.scale[row] = scale;
+    const float scale = scale_of(max_rows(peak, team, peaks[turn & 1], turn >> 1 & 1));
+    constexpr unsigned kLanes = 32 / kRows;
+    const unsigned of_row = threadIdx.x / kLanes;
+    if (threadIdx.x % kLanes == 0 && team.rank == 0 && of_row < static_cast<unsigned>(rows)) {
+      p.scale[row + of_row] = scale;
     }
+    float inverse[kRows];
+    spread_rows(__frcp_rn(scale), inverse);
+    forget();
     const auto quantised = [&](int r, int v, int i) {
       return __fmul_rn(source.value(kept[r][v], i, factor[r], held[v]), inverse[r]);
     };
+    const auto bytes_of_row = [&](int r, int v) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        pairs[i] = fp8_pair(quantised(r, v, 2 * i), quantised(r, v, 2 * i + 1));
+      }
+      return Bytes8{pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16};
+    };
+    const auto store = [&](int v, const Bytes8(&bytes)[kRows]) {
+      uint8_t* to = p.y + row * p.y_stride + columns[v];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r, to += p.y_stride) {
+        if (r < rows) store_bytes<kRegular>(to, k - columns[v], bytes[r]);
+      }
+    };
+    if (p.gather == nullptr) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (columns[v] >= end) continue;
+        Bytes8 bytes[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) bytes[r] = bytes_of_row(r, v);
+        store(v, bytes);
+      }
+      continue;
+    }
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int c = column(v);
+      const int c = columns[v];
       if (c >= end) continue;
-      if (p.gather == nullptr || kRows == 1) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          uint32_t pairs[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            pairs[i] = fp8_pair(quantised(r, v, 2 * i), quantised(r, v, 2 * i + 1));
+      if constexpr (kRows == 1) {
+        const Bytes8 bytes = bytes_of_row(0, v);
+        if (shared_row) {
+          const uint32_t to = ptx::smem_address(row_memory + c);
+          const uint64_t both = bytes.low | static_cast<uint64_t>(bytes.high) << 32;
+#pragma unroll 2
+          for (uint32_t cta = 0; cta < team.size; ++cta) {
+            ptx::store_async(ptx::remote_address(to, cta), both, ptx::remote_address(arrived, cta));
           }
-          const Bytes8 bytes{pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16};
-          const int64_t row = group * kRows + r;
-          if (p.gather == nullptr) {
-            if (row < p.m) store_bytes(p, row, c, bytes);
-          } else if (!shared_row) {
-            *reinterpret_cast<Bytes8*>(row_memory + c) = bytes;
-          } else {
-            const uint32_t to = ptx::smem_address(row_memory + c);
-            const uint64_t both = bytes.low | static_cast<uint64_t>(bytes.high) << 32;
-            for (uint32_t cta = 0; cta < team.size; ++cta) {
-              ptx::store_remote(ptx::remote_address(to, cta), both);
-            }
-          }
+        } else {
+          *reinterpret_cast<Bytes8*>(row_memory + c) = bytes;
         }
-      } else if constexpr (kRows > 1) {
+      } else {
         uint32_t words[kColumns * kRows / 4];
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
@@ -223,32 +249,27 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         }
       }
     }
-    if (p.gather == nullptr) continue;
-    team.barrier();
+    if (shared_row) {
+      if (threadIdx.x == 0) ptx::barrier_arrive_expect(arrived, static_cast<uint32_t>(padded));
+      ptx::barrier_wait(arrived, turn & 1);
+    } else {
+      __syncthreads();
+    }
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int c = column(v);
-      if (c >= end) continue;
-      int from[kColumns];
-      if (near) {
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i)
-          from[i] = places[v].pairs[i / 2] >> (16 * (i % 2)) & 0xFFFF;
-      } else {
-        read_gather<kRows>(p, c, from);
-      }
+      if (columns[v] >= end) continue;
       Bytes8 bytes[kRows];
-      gather_bytes<kRows>(from, bytes);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t row = group * kRows + r;
-        if (row < p.m) store_bytes(p, row, c, bytes[r]);
+      if constexpr (kRegular) {
+        gather_bytes<kRows>(row_memory, places[v].get(), bytes);
+      } else {
+        gather_bytes<kRows>(row_memory, read_gather<kRows, kRegular>(p, columns[v]), bytes);
       }
+      store(v, bytes);
     }
   }
 }
 
-template <typename Source, int kRows, int kVectors, int kThreads, int kCtas>
+template <typename Source, int kRows, int kVectors, int kThreads, int kCtas, bool kRegular>
 void launch_held(const Source& source, const QuantizeArgs& rows, int cluster, Stream stream) {
   const int64_t steps = rows.y_stride / kSliceStep;
   Slices slices;
@@ -259,22 +280,19 @@ void launch_held(const Source& source, const QuantizeArgs& rows, int cluster, St
   shape.block = dim3(static_cast<unsigned>(((vectors + kVectors - 1) / kVectors + 31) / 32 * 32));
   shape.cluster = cluster;
   shape.dependent = true;
-  int64_t smem = rows.gather ? kRows * rows.y_stride : 16;
-  int64_t groups = (rows.m + kRows - 1) / kRows;
-  if constexpr (kRows * kVectors > 1) {
-    const int64_t resident = int64_t{device_info().multiprocessors} * kCtas;
-    const int64_t staged = smem + int64_t{source.inputs()} * kRows * slices.width *
-                                      static_cast<int64_t>(sizeof(typename Source::Element));
-    if (groups > resident && cluster == 1 && source.aligned && staged <= kMaxSmem / kCtas) {
-      slices.stage = static_cast<int>(smem);
-      smem = staged;
-      groups = resident;
+  int64_t smem = rows.gather ? kRows * rows.y_stride : 0;
+  int64_t groups = std::min<int64_t>((rows.m + kRows - 1) / kRows, kMaxGridRows);
+  if constexpr (kRegular && kRows * kVectors > 1) {
+    slices.stage = static_cast<int>(smem);
+    smem += Source::kInputs * kRows * kVectors * kThreads *
+            static_cast<int64_t>(sizeof(Eight<typename Source::Element>));
+    if (cluster == 1) {
+      groups = std::min(groups, int64_t{device_info().multiprocessors} * kCtas);
     }
   }
-  shape.grid = dim3(static_cast<unsigned>(cluster),
-                    static_cast<unsigned>(std::min<int64_t>(groups, kMaxGridRows)));
+  shape.grid = dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(groups));
   shape.smem_bytes = static_cast<int>(smem);
-  auto* kernel = &quantize_held_rows<Source, kRows, kVectors, kThreads, kCtas>;
+  auto* kernel = &quantize_held_rows<Source, kRows, kVectors, kThreads, kCtas, kRegular>;
   if (smem > 48 * 1024) allow_smem(kernel, kMaxSmem);
   launch(kernel, shape, stream, source, rows, slices);
 }
@@ -283,19 +301,21 @@ void launch_held(const Source& source, const QuantizeArgs& rows, int cluster, St
 template <typename Source>
 void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, Stream stream) {
   constexpr int kMost = 1024, kNarrow = 640;  // threads of a CTA; of one of two an SM
+  constexpr int kWide = 896;                  // threads that have registers for four vectors
   const int64_t multiprocessors = device_info().multiprocessors, columns = rows.y_stride;
-  if (rows.m >= 2 * multiprocessors && columns <= kMost * kColumns) {
+  const bool regular = rows.k % kColumns == 0 && rows.k <= kNearColumns && source.aligned &&
+                       reinterpret_cast<uintptr_t>(rows.gather) % 16 == 0;
+  if (regular && rows.m >= 2 * multiprocessors && columns <= kMost * kColumns) {
     const bool narrow = columns <= kNarrow * kColumns;
     if constexpr (Source::kMaxRows >= 4) {
       if (rows.m >= 12 * multiprocessors) {
-        return narrow ? launch_held<Source, 4, 1, kNarrow, 2>(source, rows, 1, stream)
-                      : launch_held<Source, 4, 1, kMost, 1>(source, rows, 1, stream);
+        return narrow ? launch_held<Source, 4, 1, kNarrow, 2, true>(source, rows, 1, stream)
+                      : launch_held<Source, 4, 1, kMost, 1, true>(source, rows, 1, stream);
       }
     }
-    return narrow ? launch_held<Source, 2, 1, kNarrow, 2>(source, rows, 1, stream)
-                  : launch_held<Source, 2, 1, kMost, 1>(source, rows, 1, stream);
+    return narrow ? launch_held<Source, 2, 1, kNarrow, 2, true>(source, rows, 1, stream)
+                  : launch_held<Source, 2, 1, kMost, 1, true>(source, rows, 1, stream);
   }
-  constexpr int kWide = 896;  // threads that have registers for four vectors
   constexpr int64_t kLongest =
       kColumns * (Source::kMaxVectors >= 4 ? 4 * kWide : Source::kMaxVectors * kMost);
   static_assert(kMaxFusedColumns <= kMaxCluster * kLongest);
@@ -305,18 +325,17 @@ void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, 
          (width() > kLongest || (width() > least && 2 * cluster * rows.m <= multiprocessors))) {
     cluster *= 2;
   }
-  if (width() <= kColumns * kNarrow) {
-    return launch_held<Source, 1, 1, kNarrow, 2>(source, rows, cluster, stream);
-  }
-  if (width() <= kColumns * kMost) {
-    return launch_held<Source, 1, 1, kMost, 1>(source, rows, cluster, stream);
-  }
+  const auto go = [&]<int kVectors, int kThreads, int kCtas>() {
+    regular
+        ? launch_held<Source, 1, kVectors, kThreads, kCtas, true>(source, rows, cluster, stream)
+        : launch_held<Source, 1, kVectors, kThreads, kCtas, false>(source, rows, cluster, stream);
+  };
+  if (width() <= kColumns * kNarrow) return go.template operator()<1, kNarrow, 2>();
+  if (width() <= kColumns * kMost) return go.template operator()<1, kMost, 1>();
   if (Source::kMaxVectors < 4 || width() <= 2 * kColumns * kMost) {
-    return launch_held<Source, 1, 2, kMost, 1>(source, rows, cluster, stream);
+    return go.template operator()<2, kMost, 1>();
   }
-  if constexpr (Source::kMaxVectors >= 4) {
-    launch_held<Source, 1, 4, kWide, 1>(source, rows, cluster, stream);
-  }
+  if constexpr (Source::kMaxVectors >= 4) go.template operator()<4, kWide, 1>();
 }
 
 }  // namespace

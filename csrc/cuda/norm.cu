@@ -14,38 +14,43 @@ __device__ inline double magnitude(float v) {
   return __hiloint2double(static_cast<int>((bits >> 3) + kBias), static_cast<int>(bits << 29));
 }
 
-template <typename T, typename W>
+template <typename T, typename W, bool kAdd>
 struct NormSource {
   const T *x, *residual;
   T* sum;
   const W* weight;
   int64_t x_stride, residual_stride, k;
-  float eps;
-  bool unit_offset, aligned;
+  float eps, offset;  // offset: of the weight
+  bool aligned;
 
   using Element = T;
   using Kept = Eight<T>;
   using Held = Eight<W>;
+  static constexpr int kInputs = kAdd ? 2 : 1;
   static constexpr bool kSums = true;
   static constexpr int kMaxRows = sizeof(T) == 2 ? 4 : 2;
   static constexpr int kMaxVectors = 2;
 
-  __host__ __device__ int inputs() const { return residual ? 2 : 1; }
-  __device__ const T* row(int input, int64_t m) const {
-    return input == 0 ? x + m * x_stride : residual + m * residual_stride;
+  __device__ const T* input(int i, int64_t m) const {
+    return i == 0 ? x + m * x_stride : residual + m * residual_stride;
   }
-  __device__ Held hold(int c, int columns) const {
-    return load_columns(weight + c, columns - c, aligned);
+  __device__ int64_t stride(int i) const { return i == 0 ? x_stride : residual_stride; }
+  template <bool kRegular>
+  __device__ Held hold(int c, int left) const {
+    return load_columns<Reuse::kOthers, kRegular>(weight + c, left);
   }
 
-  __device__ Kept take(const Eight<T> (&in)[2], int64_t m, int c, int left, double& squares) const {
+  template <bool kRegular>
+  __device__ Kept take(const Eight<T> (&in)[kInputs], int64_t m, int c, int left,
+                       double& squares) const {
     Kept s = in[0];
-    if (residual) {
+    if constexpr (kAdd) {
+      const Eight<T>& other = in[1];
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
-        s.set_pair(i, __fadd_rn(s.get(i), in[1].get(i)), __fadd_rn(s.get(i + 1), in[1].get(i + 1)));
+        s.set_pair(i, __fadd_rn(s.get(i), other.get(i)), __fadd_rn(s.get(i + 1), other.get(i + 1)));
       }
-      store_columns(sum + m * k + c, s, left, aligned);
+      store_columns<kRegular>(sum + m * k + c, s, left);
     }
     double both[2] = {squares, 0.0};
 #pragma unroll
@@ -58,12 +63,10 @@ struct NormSource {
   }
   __device__ float factor(double total) const {
     const float mean = __fdiv_rn(static_cast<float>(total), static_cast<float>(k));
-    return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, eps)));
+    return __frcp_rn(__fsqrt_rn(__fadd_rn(mean, eps)));
   }
   __device__ float value(const Kept& s, int i, float r, const Held& held) const {
-    float w = held.get(i);
-    if (unit_offset) w = __fadd_rn(1.0f, w);
-    return __fmul_rn(__fmul_rn(s.get(i), r), w);
+    return __fmul_rn(__fmul_rn(s.get(i), r), __fadd_rn(offset, held.get(i)));
   }
   __device__ uint32_t raise(uint32_t peak, const Kept& s, float r, const Held& held) const {
     float largest = __uint_as_float(peak);
@@ -73,24 +76,28 @@ struct NormSource {
   }
 };
 
-template <typename T, typename W>
+template <typename T, typename W, bool kAdd>
 void run(const NormArgs& args, Stream stream) {
   constexpr int64_t kLeastColumns = 8192;
-  NormSource<T, W> source;
+  NormSource<T, W, kAdd> source;
+  source.x = static_cast<const T*>(args.rows.x);
+  source.residual = static_cast<const T*>(args.residual);
+  source.sum = static_cast<T*>(args.sum);
   source.weight = static_cast<const W*>(args.weight);
   source.x_stride = args.rows.x_stride;
   source.residual_stride = args.residual_stride;
   source.k = args.rows.k;
   source.eps = args.eps;
-  source.unit_offset = args.unit_offset;
-  source.aligned = aligned_rows<T>(args.rows.x, args.rows.x_stride) &&
-                   aligned_rows<T>(args.residual, args.residual_stride) &&
-                   aligned_rows<W>(args.weight, 0) &&
-                   (!args.residual || aligned_rows<T>(args.sum, args.rows.k));
-  source.x = static_cast<const T*>(args.rows.x);
-  source.residual = static_cast<const T*>(args.residual);
-  source.sum = static_cast<T*>(args.sum);
+  source.offset = args.unit_offset ? 1.0f : -0.0f;  // -0 + w is w, sign of zero and all
+  source.aligned =
+      aligned_rows<T>(args.rows.x, args.rows.x_stride) && aligned_rows<W>(args.weight, 0) &&
+      aligned_rows<T>(args.residual, args.residual_stride) && aligned_rows<T>(args.sum, 0);
   launch_rows(source, args.rows, kLeastColumns, stream);
+}
+
+template <typename T, typename W>
+void run(const NormArgs& args, Stream stream) {
+  args.residual ? run<T, W, true>(args, stream) : run<T, W, false>(args, stream);
 }
 
 }  // namespace

@@ -12,8 +12,26 @@ namespace {
 
 constexpr int kColumns = 8;  // neighbouring columns of a thread
 
+// Places of 8 columns in shared memory.
+struct WidePlaces {
+  int at[kColumns];
+};
+// The same in 16 bits each.
 struct Places {
-  uint32_t pairs[kColumns / 2];  // of 16 bits
+  uint32_t pairs[kColumns / 2];
+
+  __device__ void set(const WidePlaces& wide) {
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 2) pairs[i / 2] = wide.at[i] | wide.at[i + 1] << 16;
+  }
+  __device__ WidePlaces get() const {
+    WidePlaces wide;
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 2) {
+      wide.at[i] = pairs[i / 2] & 0xFFFF, wide.at[i + 1] = pairs[i / 2] >> 16;
+    }
+    return wide;
+  }
 };
 
 // Where the bytes of a column lie. A thread writes 8 columns at once, for 4 rows two 16-byte slots;
@@ -24,17 +42,25 @@ __device__ int place_of(int column) {
   return ((column / 4) ^ (column / 32 & 1)) * 16 + column % 4 * 4;
 }
 
-// Places of the columns that output columns c to c + 8 come from.
-template <int kRows>
-__device__ void read_gather(const QuantizeArgs& p, int c, int (&places)[kColumns]) {
+// Where output columns c to c + 8 come from.
+template <int kRows, bool kRegular>
+__device__ WidePlaces read_gather(const QuantizeArgs& p, int c) {
   const int k = static_cast<int>(p.k);
-  const bool aligned = reinterpret_cast<uintptr_t>(p.gather) % 16 == 0;
-  const Eight<int> columns = load_columns(p.gather + c, k - c, aligned);
+  const auto columns = load_columns<Reuse::kOthers, kRegular>(p.gather + c, k - c);
+  WidePlaces wide;
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
     const uint32_t column = columns.words[i];
-    places[i] = place_of<kRows>(column < static_cast<uint32_t>(k) ? static_cast<int>(column) : 0);
+    wide.at[i] = place_of<kRows>(column < static_cast<uint32_t>(k) ? static_cast<int>(column) : 0);
   }
+  return wide;
+}
+
+// Of a row whose largest |v| has these bits. NaN where that is not finite, and a NaN as factor
+// makes all bytes 0x7F.
+__device__ inline float scale_of(uint32_t peak) {
+  if (peak >= kInfinityBits) return __uint_as_float(kNanBits);
+  return fmaxf(__uint_as_float(peak), 1e-12f) * (1.0f / 448.0f);
 }
 
 __device__ inline uint32_t fp8_pair(float low, float high) {
@@ -45,14 +71,18 @@ struct alignas(8) Bytes8 {
   uint32_t low, high;
 };
 
-// Columns c to c + 8 of a row of y; those from k on are zero.
-__device__ inline void store_bytes(const QuantizeArgs& p, int64_t row, int c, Bytes8 bytes) {
-  const int left = static_cast<int>(p.k) - c;
+// 8 columns of a row of y; those from `left` on are zero.
+template <bool kRegular>
+__device__ void store_bytes(uint8_t* to, int left, Bytes8 bytes) {
   if (left < kColumns) {
-    bytes.low &= left >= 4 ? ~0u : left > 0 ? ~0u >> (32 - 8 * left) : 0u;
-    bytes.high &= left > 4 ? ~0u >> (64 - 8 * left) : 0u;
+    if (kRegular || left <= 0) {
+      bytes = {0, 0};
+    } else {
+      bytes.low &= left >= 4 ? ~0u : ~0u >> (32 - 8 * left);
+      bytes.high &= left > 4 ? ~0u >> (64 - 8 * left) : 0u;
+    }
   }
-  *reinterpret_cast<Bytes8*>(p.y + row * p.y_stride + c) = bytes;
+  *reinterpret_cast<Bytes8*>(to) = bytes;
 }
 
 // Byte r of w[0..3].
@@ -65,15 +95,14 @@ __device__ inline void transpose_bytes(const uint32_t* w, uint32_t (&rows)[4]) {
   rows[3] = __byte_perm(c, d, 0x7632);
 }
 
-extern __shared__ __align__(16) unsigned char row_memory[];
-
 // Columns at the given places, of all rows.
 template <int kRows>
-__device__ void gather_bytes(const int (&places)[kColumns], Bytes8 (&rows)[kRows]) {
+__device__ void gather_bytes(const unsigned char* memory, const WidePlaces& places,
+                             Bytes8 (&rows)[kRows]) {
   uint32_t w[kColumns];
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
-    const unsigned char* at = row_memory + places[i];
+    const unsigned char* at = memory + places.at[i];
     if constexpr (kRows == 1) {
       w[i] = *at;
     } else if constexpr (kRows == 2) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels that quantise rows share: element types, and launches of many rows.
+// What the kernels that quantise rows share: element types, and runs of 8 columns.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -72,19 +72,23 @@ struct alignas(16) Eight {
   }
 };
 
-// The first `left` of 8 elements, zero for the others. Nobody reads them again soon.
-template <typename T>
-__device__ Eight<T> load_columns(const T* from, int left, bool aligned) {
+enum class Reuse { kNever, kOthers };  // whether other CTAs read the same
+
+// The first `left` of 8 elements, zero for the others. kRegular: all or none, and aligned.
+template <Reuse kReuse, bool kRegular, typename T>
+__device__ Eight<T> load_columns(const T* from, int left) {
   Eight<T> v = {};
-  if (aligned && left >= 8) {
+  if constexpr (kRegular) {
+    if (left > 0) {
 #pragma unroll
-    for (int i = 0; i < Eight<T>::kWords / 4; ++i) {
-      const uint4 four = __ldcs(reinterpret_cast<const uint4*>(from) + i);
-      v.words[4 * i] = four.x, v.words[4 * i + 1] = four.y;
-      v.words[4 * i + 2] = four.z, v.words[4 * i + 3] = four.w;
+      for (int i = 0; i < Eight<T>::kWords / 4; ++i) {
+        const auto* words = reinterpret_cast<const uint4*>(from) + i;
+        const uint4 four = kReuse == Reuse::kNever ? __ldcs(words) : __ldg(words);
+        v.words[4 * i] = four.x, v.words[4 * i + 1] = four.y;
+        v.words[4 * i + 2] = four.z, v.words[4 * i + 3] = four.w;
+      }
     }
   } else {
-    // Rolled, so that the rare case takes no registers from the common one.
 #pragma unroll 1
     for (int i = 0; i < 8; ++i) v.push(i < left ? from + i : nullptr);
   }
@@ -92,20 +96,20 @@ __device__ Eight<T> load_columns(const T* from, int left, bool aligned) {
 }
 
 // Stores the first `left` of 8 elements.
-template <typename T>
-__device__ void store_columns(T* to, Eight<T> v, int left, bool aligned) {
-  if (aligned && left >= 8) {
-    *reinterpret_cast<Eight<T>*>(to) = v;
-    return;
-  }
+template <bool kRegular, typename T>
+__device__ void store_columns(T* to, Eight<T> v, int left) {
+  if constexpr (kRegular) {
+    if (left > 0) *reinterpret_cast<Eight<T>*>(to) = v;
+  } else {
 #pragma unroll 1
-  for (int i = 0; i < left && i < 8; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      *reinterpret_cast<uint32_t*>(to + i) = v.words[0];
-    } else {
-      *reinterpret_cast<uint16_t*>(to + i) = static_cast<uint16_t>(v.words[0]);
+    for (int i = 0; i < left && i < 8; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        *reinterpret_cast<uint32_t*>(to + i) = v.words[0];
+      } else {
+        *reinterpret_cast<uint16_t*>(to + i) = static_cast<uint16_t>(v.words[0]);
+      }
+      v.push(nullptr);
     }
-    v.push(nullptr);
   }
 }
 
@@ -131,19 +135,6 @@ void with_type(InType type, Run run) {
       return run.template operator()<__half>();
     case InType::kFloat32:
       return run.template operator()<float>();
-  }
-}
-
-// Calls launch(part, first row) for as many rows at a time as one grid takes.
-template <typename Launch>
-void for_parts(const QuantizeArgs& args, Launch launch) {
-  for (int64_t row = 0; row < args.m; row += kMaxGridRows) {
-    QuantizeArgs part = args;
-    part.m = std::min(kMaxGridRows, args.m - row);
-    part.x = static_cast<const char*>(args.x) + row * args.x_stride * bytes_of(args.in);
-    part.y = args.y + row * args.y_stride;
-    part.scale = args.scale + row;
-    launch(part, row);
   }
 }
 

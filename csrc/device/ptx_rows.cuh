@@ -13,15 +13,27 @@ __device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t ra
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
 }
-__device__ __forceinline__ void store_remote(uint32_t remote, uint32_t v) {
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote), "r"(v) : "memory");
+// Stores to shared memory of the cluster and counts the bytes at the barrier, which lies in the
+// same CTA; whoever waits for it sees them.
+__device__ __forceinline__ void store_async(uint32_t remote, uint32_t v, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(remote),
+      "r"(v), "r"(barrier)
+      : "memory");
 }
-__device__ __forceinline__ void store_remote(uint32_t remote, double v) {
-  asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(remote), "d"(v) : "memory");
+__device__ __forceinline__ void store_async(uint32_t remote, uint64_t v, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(remote),
+      "l"(v), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void store_async(uint32_t remote, double v, uint32_t barrier) {
+  store_async(remote, static_cast<uint64_t>(__double_as_longlong(v)), barrier);
 }
 
-__device__ __forceinline__ void store_remote(uint32_t remote, uint64_t v) {
-  asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(remote), "l"(v) : "memory");
+// Arrival that orders no memory.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 // 16 bytes that only this thread reads, once copy_async_wait has returned.

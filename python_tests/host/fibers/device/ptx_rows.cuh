@@ -15,15 +15,12 @@ inline char* remote_pointer(uint32_t remote) {
   char* base = fibers::cta->cluster->thread_pointers[remote >> kRankShift];
   return base + (static_cast<int64_t>(remote & ((1u << kRankShift) - 1)) - kBias);
 }
-inline void store_remote(uint32_t remote, uint32_t v) {
-  *reinterpret_cast<uint32_t*>(remote_pointer(remote)) = v;
+template <typename V>
+void store_async(uint32_t remote, V v, uint32_t barrier) {
+  std::memcpy(remote_pointer(remote), &v, sizeof v);
+  change(*reinterpret_cast<Mbarrier*>(remote_pointer(barrier)), 0, -static_cast<int>(sizeof v));
 }
-inline void store_remote(uint32_t remote, double v) {
-  *reinterpret_cast<double*>(remote_pointer(remote)) = v;
-}
-inline void store_remote(uint32_t remote, uint64_t v) {
-  *reinterpret_cast<uint64_t*>(remote_pointer(remote)) = v;
-}
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void copy_async(uint32_t smem, const void* global) {
   char* base = static_cast<char*>(__builtin_thread_pointer());
   std::memcpy(base + (static_cast<int64_t>(smem) - kBias), global, 16);
