@@ -33,7 +33,6 @@ class Tile(NamedTuple):
 TILES = {False: (Tile(),), True: (Tile(), Tile(block=128, warps=8))}
 
 
-
 @triton.jit
 def _wait(NATIVE: tl.constexpr):
     if NATIVE:
