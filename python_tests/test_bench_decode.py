@@ -253,6 +253,9 @@ def test_generate_times_whole_models(tmp_path, monkeypatch):
     generate.main(f"--model tiny --device cpu --batch 2 --context 5 --layers 1 --out {out}".split())
     points = json.loads(out.read_text())["points"]
     assert [point["kind"] for point in points] == ["dense", "spense"]
+    late = f"--model tiny --device cpu --stop-after 0 --out {tmp_path / 'late.json'}"
+    assert generate.main(late.split()) == 0
+    assert not (tmp_path / "late.json").exists()
     model = generate.build(replace(TINY, layers=1), "spense", 0.25, CPU)
     assert type(model.model.layers[0]).__name__ == "FusedQwen3DecoderLayer"
     assert isinstance(model.model.layers[0].self_attn.k_proj, FusedPart)
