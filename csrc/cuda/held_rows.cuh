@@ -56,15 +56,15 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   const bool shared_row = kRows == 1 && slices.cluster > 1;
   const Team team{shared_row ? ptx::cluster_rank() : 0u, shared_row ? gridDim.x : 1u};
   const uint32_t arrived = ptx::smem_address(&bytes_arrived);
+  if constexpr (Source::kSums) sums.init();
+  for (auto& each : peaks) each.init();
   if (shared_row) {
-    // No CTA of the cluster may be written to before it runs.
     if (threadIdx.x == 0) {
-      sums.init();
-      for (auto& each : peaks) each.init();
       ptx::barrier_init(arrived, 1);
       ptx::barrier_init_fence();
     }
-    __syncwarp();
+    // Zeros before other CTAs write, and no CTA may be written to before it runs.
+    __syncthreads();
     ptx::cluster_arrive_relaxed();
   }
   const int k = static_cast<int>(p.k), padded = static_cast<int>(p.y_stride);
@@ -81,7 +81,11 @@ __global__ void __launch_bounds__(kThreads, kCtas)
       places[v].set(read_gather<kRows, kRegular>(p, columns[v]));
     }
   }
-  if (shared_row) ptx::cluster_wait();
+  if (shared_row) {
+    ptx::cluster_wait();
+  } else {
+    __syncthreads();
+  }
   ptx::grid_dependency_wait();
 
   // Each thread's runs of the rows on their way; nobody else reads them.
@@ -139,6 +143,9 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         }
       }
     }
+    if constexpr (kStaged) {
+      if (row + step < m) fetch(row + step);
+    }
     typename Source::Kept kept[kRows][kVectors];
     double squares[kRows] = {};
 #pragma unroll
@@ -151,9 +158,6 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         for (int input = 0; input < kInputs; ++input) both[input] = in[input][r][v];
         kept[r][v] = source.template take<kRegular>(both, row + r, columns[v], left, squares[r]);
       }
-    }
-    if constexpr (kStaged) {
-      if (row + step < m) fetch(row + step);
     }
 
     float factor[kRows] = {};
@@ -293,13 +297,14 @@ void launch_held(const Source& source, const QuantizeArgs& rows, int cluster, St
   shape.grid = dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(groups));
   shape.smem_bytes = static_cast<int>(smem);
   auto* kernel = &quantize_held_rows<Source, kRows, kVectors, kThreads, kCtas, kRegular>;
-  if (smem > 48 * 1024) allow_smem(kernel, kMaxSmem);
+  if (smem > 40 * 1024) allow_smem(kernel, kMaxSmem);  // 48 KiB are free, with the static part
   launch(kernel, shape, stream, source, rows, slices);
 }
 
 // `least`: columns that are worth a CTA of their own.
 template <typename Source>
 void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, Stream stream) {
+  if (rows.m == 0) return;
   constexpr int kMost = 1024, kNarrow = 640;  // threads of a CTA; of one of two an SM
   constexpr int kWide = 896;                  // threads that have registers for four vectors
   const int64_t multiprocessors = device_info().multiprocessors, columns = rows.y_stride;

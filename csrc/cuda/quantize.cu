@@ -62,6 +62,8 @@ __global__ void __launch_bounds__(kLongThreads)
     quantize_long_rows(const PlainSource<T> source, const QuantizeArgs p) {
   __shared__ Parts<uint32_t, 1> peaks;
   ptx::grid_launch_dependents();
+  peaks.init();
+  __syncthreads();
   ptx::grid_dependency_wait();
   const int64_t row = blockIdx.y;
   const T* x = source.input(0, row);

@@ -27,7 +27,11 @@ struct Parts {
   V of_warp[kRows][kSlots];
   uint64_t arrived;
 
-  __device__ void init() { ptx::barrier_init(ptx::smem_address(&arrived), 1); }
+  // By all threads, and a barrier after it.
+  __device__ void init() {
+    for (int i = threadIdx.x; i < kRows * kSlots; i += blockDim.x) of_warp[0][i] = {};
+    if (threadIdx.x == 0) ptx::barrier_init(ptx::smem_address(&arrived), 1);
+  }
 
   // A warp's part of a row. `first`: whether this lane is the one to pass it on in a CTA; in a
   // cluster lane i passes it to CTA i.
@@ -60,17 +64,13 @@ struct Parts {
   template <typename Combine>
   __device__ V collect(const Team& team, Combine combine) const {
     constexpr int kLanes = 32 / kRows;
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    const V* parts = of_warp[lane / kLanes];
-    V all = {};
+    const int lane = threadIdx.x % 32;
+    const V* parts = of_warp[lane / kLanes] + lane % kLanes;
+    V all = parts[0];  // zero where there is no such warp
 #pragma unroll
-    for (int i = lane % kLanes, n = 0; n < kRows; ++n, i += kLanes) {
-      if (i < warps) all = combine(all, parts[i]);
-    }
+    for (int i = 1; i < kRows; ++i) all = combine(all, parts[i * kLanes]);
     if constexpr (kRows == 1) {
-      for (uint32_t cta = 1; cta < team.size; ++cta) {
-        if (lane < warps) all = combine(all, parts[cta * kMaxWarps + lane]);
-      }
+      for (uint32_t cta = 1; cta < team.size; ++cta) all = combine(all, parts[cta * kMaxWarps]);
     }
     return all;
   }

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/quantize.h"
 #include "device/ptx.cuh"
@@ -40,6 +41,8 @@ struct alignas(16) Eight {
   __device__ float get(int i) const {
     if constexpr (sizeof(T) == 4) {
       return __uint_as_float(words[i]);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      return __uint_as_float(i % 2 ? words[i / 2] & 0xFFFF0000u : words[i / 2] << 16);
     } else {
       const auto bits = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
       return to_float(*reinterpret_cast<const T*>(&bits));
