@@ -50,9 +50,12 @@ struct Traits {
   static constexpr int kPartRows = 64;  // wgmma's M
   // Parts of 64 rows that a consumer warpgroup multiplies, and of the tile that it works on.
   static constexpr int kParts = row_tiles;
-  // Registers of a thread after the loaders' warpgroup has handed over.
-  static constexpr int kLoaderRegisters = 56, kConsumerRegisters = 224;
-  static_assert(kLoaderRegisters + 2 * kConsumerRegisters <= 65536 / 128);
+  // Registers of a thread after the loaders' warpgroup has handed over. Small tiles leave half of
+  // them to the small kernels around them, which then start beside this one, not behind it.
+  static constexpr bool kShares = tokens <= 64;
+  static constexpr int kLoaderRegisters = kShares ? 48 : 56;
+  static constexpr int kConsumerRegisters = kShares ? 96 : 224;
+  static_assert(kLoaderRegisters + 2 * kConsumerRegisters <= 65536 / 128 / (kShares ? 2 : 1));
   static constexpr int kSums = tokens / 2;  // accumulator registers of a thread and part
   // Of a tile whose K several CTAs split each finishes these tokens.
   static constexpr int kOwnTokens = 8 * heuristics::own_groups(kConfig), kOwnSums = kOwnTokens / 2;
