@@ -150,9 +150,6 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         }
       }
     }
-    if constexpr (kStaged) {
-      if (row + step < m) fetch(row + step);
-    }
     typename Source::Kept kept[kRows][kVectors];
     double squares[kRows] = {};
 #pragma unroll
@@ -166,6 +163,11 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         for (int input = 0; input < kInputs; ++input) both[input] = in[input][r][v];
         kept[r][v] = source.template take<kRegular>(both, row + r, columns[v], left, squares[r]);
       }
+    }
+
+    // Not before: copies that queue would hold up the arithmetic above.
+    if constexpr (kStaged) {
+      if (row + step < m) fetch(row + step);
     }
 
     float factor[kRows] = {};
