@@ -176,7 +176,9 @@ def test_a_wrong_place_in_a_cluster_is_noticed(tmp_path):
     shutil.copytree(ROOT / "csrc", sources)
     header = sources / "cuda" / "held_rows.cuh"
     text = header.read_text()
-    wrong = text.replace("remote_address(from, threadIdx.x)", "remote_address(from ^ 16, threadIdx.x)")
+    wrong = text.replace(
+        "remote_address(from, threadIdx.x)", "remote_address(from ^ 16, threadIdx.x)"
+    )
     assert wrong != text
     header.write_text(wrong)
     case = Case(1, 16384, torch.bfloat16, True, 16384)

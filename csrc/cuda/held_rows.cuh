@@ -88,6 +88,19 @@ __global__ void __launch_bounds__(kThreads, kCtas)
       places[v].set(read_gather<kRows, kRegular>(p, outputs[v]));
     }
   }
+  // Each thread's runs of the rows on their way; nobody else reads them.
+  constexpr int kRunBytes = static_cast<int>(sizeof(Run));
+  unsigned char* const stage = row_memory + slices.stage + threadIdx.x * kRunBytes;
+  const auto slot = [&](int input, int r, int v) {
+    return stage + ((input * kRows + r) * kVectors + v) * (kThreads * kRunBytes);
+  };
+  if constexpr (kStaged) {
+    // What is not loaded shall not be NaN.
+#pragma unroll
+    for (int i = 0; i < kInputs * kRows * kVectors; ++i) {
+      *reinterpret_cast<Run*>(slot(0, 0, 0) + i * (kThreads * kRunBytes)) = Run{};
+    }
+  }
   if (shared_row) {
     ptx::cluster_wait();
   } else {
@@ -95,12 +108,6 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   }
   ptx::grid_dependency_wait();
 
-  // Each thread's runs of the rows on their way; nobody else reads them.
-  constexpr int kRunBytes = static_cast<int>(sizeof(Run));
-  unsigned char* const stage = row_memory + slices.stage + threadIdx.x * kRunBytes;
-  const auto slot = [&](int input, int r, int v) {
-    return stage + ((input * kRows + r) * kVectors + v) * (kThreads * kRunBytes);
-  };
   const int64_t m = p.m, step = int64_t{gridDim.y} * kRows;
   const auto fetch = [&](int64_t row) {
 #pragma unroll
@@ -121,14 +128,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
       }
     }
   };
-  if constexpr (kStaged) {
-    // What is not loaded shall not be NaN.
-#pragma unroll
-    for (int i = 0; i < kInputs * kRows * kVectors; ++i) {
-      *reinterpret_cast<Run*>(slot(0, 0, 0) + i * (kThreads * kRunBytes)) = Run{};
-    }
-    fetch(int64_t{blockIdx.y} * kRows);
-  }
+  if constexpr (kStaged) fetch(int64_t{blockIdx.y} * kRows);
 
   uint32_t turn = 0;
   for (int64_t row = int64_t{blockIdx.y} * kRows; row < m; row += step, ++turn) {
