@@ -171,12 +171,14 @@ def test_a_row_that_is_not_finite(program, tmp_path):
 
 
 def test_a_wrong_place_in_a_cluster_is_noticed(tmp_path):
-    """The same program, but bytes for the other CTAs of the cluster miss by 8 columns."""
+    """The same program, but bytes for the other CTAs of the cluster miss by 16 columns."""
     sources = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", sources)
     header = sources / "cuda" / "held_rows.cuh"
     text = header.read_text()
-    wrong = text.replace("smem_address(row_memory + c)", "smem_address(row_memory + (c ^ 8))")
+    wrong = text.replace(
+        "remote_address(from, threadIdx.x)", "remote_address(from ^ 16, threadIdx.x)"
+    )
     assert wrong != text
     header.write_text(wrong)
     case = Case(1, 16384, torch.bfloat16, True, 16384)

@@ -2,8 +2,8 @@
 // Rows that are computed and then quantised, in one pass over memory: threads hold their columns in
 // registers from the loads until the scale is known, quantise them, and gather bytes.
 //
-//   few rows:  a row a CTA, or a cluster of CTAs that share its columns and give each other all
-//              quantised bytes
+//   few rows:  a row a CTA, and several that compute the same where there is a gather to share; or
+//              a cluster of CTAs that share the columns and give each other all quantised bytes
 //   many rows: kRows rows at a time, whose bytes of a column lie beside each other in shared
 //              memory, so that one random access by the gather serves them all. CTAs stay, keep
 //              weight and gather, and load their next rows while they work on these.
@@ -32,7 +32,8 @@ constexpr int kSliceStep = 128;  // slices are multiples of this many columns
 constexpr int64_t kNearColumns = 1 << 16;
 
 struct Slices {
-  int width = 0;  // columns of a CTA
+  int width = 0;    // columns of a CTA
+  int outputs = 0;  // columns of y that it writes: fewer where several CTAs compute the same row
   int cluster = 1;
   int stage = 0;  // where rows on their way lie in shared memory
 };
@@ -70,15 +71,34 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   const int k = static_cast<int>(p.k), padded = static_cast<int>(p.y_stride);
   const int begin = min(static_cast<int>(team.rank) * slices.width, padded);
   const int end = min(begin + slices.width, padded);
-  int columns[kVectors];
+  constexpr bool kShares = kRows * kVectors == 1;  // whether CTAs may compute the same row
+  const int first_output =
+      !kShares || shared_row ? begin : static_cast<int>(blockIdx.x) * slices.outputs;
+  const int outputs_end = kShares ? min(first_output + slices.outputs, end) : end;
+  int columns[kVectors], outputs[kVectors];
   typename Source::Held held[kVectors];
   Places places[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    columns[v] = begin + static_cast<int>(v * blockDim.x + threadIdx.x) * kColumns;
+    const int offset = static_cast<int>(v * blockDim.x + threadIdx.x) * kColumns;
+    columns[v] = begin + offset;
+    outputs[v] = first_output + offset;
     held[v] = source.template hold<kRegular>(columns[v], min(end, k) - columns[v]);
-    if (kRegular && p.gather && columns[v] < end) {
-      places[v].set(read_gather<kRows, kRegular>(p, columns[v]));
+    if (kRegular && p.gather && outputs[v] < outputs_end) {
+      places[v].set(read_gather<kRows, kRegular>(p, outputs[v]));
+    }
+  }
+  // Each thread's runs of the rows on their way; nobody else reads them.
+  constexpr int kRunBytes = static_cast<int>(sizeof(Run));
+  unsigned char* const stage = row_memory + slices.stage + threadIdx.x * kRunBytes;
+  const auto slot = [&](int input, int r, int v) {
+    return stage + ((input * kRows + r) * kVectors + v) * (kThreads * kRunBytes);
+  };
+  if constexpr (kStaged) {
+    // What is not loaded shall not be NaN.
+#pragma unroll
+    for (int i = 0; i < kInputs * kRows * kVectors; ++i) {
+      *reinterpret_cast<Run*>(slot(0, 0, 0) + i * (kThreads * kRunBytes)) = Run{};
     }
   }
   if (shared_row) {
@@ -88,12 +108,6 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   }
   ptx::grid_dependency_wait();
 
-  // Each thread's runs of the rows on their way; nobody else reads them.
-  constexpr int kRunBytes = static_cast<int>(sizeof(Run));
-  unsigned char* const stage = row_memory + slices.stage + threadIdx.x * kRunBytes;
-  const auto slot = [&](int input, int r, int v) {
-    return stage + ((input * kRows + r) * kVectors + v) * (kThreads * kRunBytes);
-  };
   const int64_t m = p.m, step = int64_t{gridDim.y} * kRows;
   const auto fetch = [&](int64_t row) {
 #pragma unroll
@@ -114,14 +128,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
       }
     }
   };
-  if constexpr (kStaged) {
-    // What is not loaded shall not be NaN.
-#pragma unroll
-    for (int i = 0; i < kInputs * kRows * kVectors; ++i) {
-      *reinterpret_cast<Run*>(slot(0, 0, 0) + i * (kThreads * kRunBytes)) = Run{};
-    }
-    fetch(int64_t{blockIdx.y} * kRows);
-  }
+  if constexpr (kStaged) fetch(int64_t{blockIdx.y} * kRows);
 
   uint32_t turn = 0;
   for (int64_t row = int64_t{blockIdx.y} * kRows; row < m; row += step, ++turn) {
@@ -143,21 +150,24 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         }
       }
     }
-    if constexpr (kStaged) {
-      if (row + step < m) fetch(row + step);
-    }
     typename Source::Kept kept[kRows][kVectors];
     double squares[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        const int left = r < rows ? min(end, k) - columns[v] : 0;
+        const bool owned = r < rows && (!kShares || shared_row || blockIdx.x == 0);
+        const int left = owned ? min(end, k) - columns[v] : 0;
         Run both[kInputs];
 #pragma unroll
         for (int input = 0; input < kInputs; ++input) both[input] = in[input][r][v];
         kept[r][v] = source.template take<kRegular>(both, row + r, columns[v], left, squares[r]);
       }
+    }
+
+    // Not before: copies that queue would hold up the arithmetic above.
+    if constexpr (kStaged) {
+      if (row + step < m) fetch(row + step);
     }
 
     float factor[kRows] = {};
@@ -184,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     const float scale = scale_of(max_rows(peak, team, peaks[turn & 1], turn >> 1 & 1));
     constexpr unsigned kLanes = 32 / kRows;
     const unsigned of_row = threadIdx.x / kLanes;
-    if (threadIdx.x % kLanes == 0 && team.rank == 0 && of_row < static_cast<unsigned>(rows)) {
+    if (threadIdx.x % kLanes == 0 && blockIdx.x == 0 && of_row < static_cast<unsigned>(rows)) {
       p.scale[row + of_row] = scale;
     }
     float inverse[kRows];
@@ -202,10 +212,10 @@ __global__ void __launch_bounds__(kThreads, kCtas)
       return Bytes8{pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16};
     };
     const auto store = [&](int v, const Bytes8(&bytes)[kRows]) {
-      uint8_t* to = p.y + row * p.y_stride + columns[v];
+      uint8_t* to = p.y + row * p.y_stride + outputs[v];
 #pragma unroll
       for (int r = 0; r < kRows; ++r, to += p.y_stride) {
-        if (r < rows) store_bytes<kRegular>(to, k - columns[v], bytes[r]);
+        if (r < rows) store_bytes<kRegular>(to, k - outputs[v], bytes[r]);
       }
     };
     if (p.gather == nullptr) {
@@ -224,17 +234,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
       const int c = columns[v];
       if (c >= end) continue;
       if constexpr (kRows == 1) {
-        const Bytes8 bytes = bytes_of_row(0, v);
-        if (shared_row) {
-          const uint32_t to = ptx::smem_address(row_memory + c);
-          const uint64_t both = bytes.low | static_cast<uint64_t>(bytes.high) << 32;
-#pragma unroll 2
-          for (uint32_t cta = 0; cta < team.size; ++cta) {
-            ptx::store_async(ptx::remote_address(to, cta), both, ptx::remote_address(arrived, cta));
-          }
-        } else {
-          *reinterpret_cast<Bytes8*>(row_memory + c) = bytes;
-        }
+        *reinterpret_cast<Bytes8*>(row_memory + c) = bytes_of_row(0, v);
       } else {
         uint32_t words[kColumns * kRows / 4];
 #pragma unroll
@@ -253,32 +253,51 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         }
       }
     }
+    if (shared_row) ptx::async_proxy_fence();
+    __syncthreads();
     if (shared_row) {
-      if (threadIdx.x == 0) ptx::barrier_arrive_expect(arrived, static_cast<uint32_t>(padded));
+      const auto mine = static_cast<uint32_t>(end - begin);
+      if (threadIdx.x == 0) ptx::barrier_arrive_expect(arrived, padded - mine);
+      if (threadIdx.x < team.size && threadIdx.x != team.rank && mine > 0) {
+        const uint32_t from = ptx::smem_address(row_memory + begin);
+        ptx::copy_to_cluster(ptx::remote_address(from, threadIdx.x), from, mine,
+                             ptx::remote_address(arrived, threadIdx.x));
+      }
+      __syncwarp();
       ptx::barrier_wait(arrived, turn & 1);
-    } else {
-      __syncthreads();
+      ptx::cluster_arrive_relaxed();  // this CTA has got everything
     }
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (columns[v] >= end) continue;
+      if (outputs[v] >= outputs_end) continue;
       Bytes8 bytes[kRows];
       if constexpr (kRegular) {
         gather_bytes<kRows>(row_memory, places[v].get(), bytes);
       } else {
-        gather_bytes<kRows>(row_memory, read_gather<kRows, kRegular>(p, columns[v]), bytes);
+        gather_bytes<kRows>(row_memory, read_gather<kRows, kRegular>(p, outputs[v]), bytes);
       }
       store(v, bytes);
     }
+    if (shared_row) ptx::cluster_wait();  // others have got what this CTA gives
   }
 }
 
 template <typename Source, int kRows, int kVectors, int kThreads, int kCtas, bool kRegular>
 void launch_held(const Source& source, const QuantizeArgs& rows, int cluster, Stream stream) {
+  constexpr int64_t kLeastOutputs = 1024;
   const int64_t steps = rows.y_stride / kSliceStep;
   Slices slices;
   slices.cluster = cluster;
   slices.width = static_cast<int>((steps + cluster - 1) / cluster * kSliceStep);
+  slices.outputs = slices.width;
+  const int64_t multiprocessors = device_info().multiprocessors;
+  int64_t ctas = cluster;  // of a row
+  constexpr bool kShares = kRows * kVectors == 1;
+  if (kShares && cluster == 1 && rows.gather) {
+    // Random reads of shared memory take their time; multiprocessors without work share them.
+    ctas = std::clamp<int64_t>(multiprocessors / rows.m, 1, slices.width / kLeastOutputs + 1);
+    slices.outputs = static_cast<int>((steps + ctas - 1) / ctas * kSliceStep);
+  }
   LaunchShape shape;
   const int64_t vectors = slices.width / kColumns;
   shape.block = dim3(static_cast<unsigned>(((vectors + kVectors - 1) / kVectors + 31) / 32 * 32));
@@ -291,10 +310,10 @@ void launch_held(const Source& source, const QuantizeArgs& rows, int cluster, St
     smem += Source::kInputs * kRows * kVectors * kThreads *
             static_cast<int64_t>(sizeof(Eight<typename Source::Element>));
     if (cluster == 1) {
-      groups = std::min(groups, int64_t{device_info().multiprocessors} * kCtas);
+      groups = std::min(groups, multiprocessors * kCtas);
     }
   }
-  shape.grid = dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(groups));
+  shape.grid = dim3(static_cast<unsigned>(ctas), static_cast<unsigned>(groups));
   shape.smem_bytes = static_cast<int>(smem);
   auto* kernel = &quantize_held_rows<Source, kRows, kVectors, kThreads, kCtas, kRegular>;
   if (smem > 40 * 1024) allow_smem(kernel, kMaxSmem);  // 48 KiB are free, with the static part

@@ -21,14 +21,21 @@ __device__ __forceinline__ void store_async(uint32_t remote, uint32_t v, uint32_
       "r"(v), "r"(barrier)
       : "memory");
 }
-__device__ __forceinline__ void store_async(uint32_t remote, uint64_t v, uint32_t barrier) {
+__device__ __forceinline__ void store_async(uint32_t remote, double v, uint32_t barrier) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(remote),
-      "l"(v), "r"(barrier)
+      "l"(__double_as_longlong(v)), "r"(barrier)
       : "memory");
 }
-__device__ __forceinline__ void store_async(uint32_t remote, double v, uint32_t barrier) {
-  store_async(remote, static_cast<uint64_t>(__double_as_longlong(v)), barrier);
+// The same for a run of this CTA's shared memory, which the copy engine reads. Places and sizes are
+// multiples of 16 bytes.
+__device__ __forceinline__ void copy_to_cluster(uint32_t remote, uint32_t from, uint32_t bytes,
+                                                uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
+      " [%0], [%1], %2, [%3];" ::"r"(remote),
+      "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
 }
 
 // Arrival that orders no memory.

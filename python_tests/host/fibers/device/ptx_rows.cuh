@@ -20,6 +20,10 @@ void store_async(uint32_t remote, V v, uint32_t barrier) {
   std::memcpy(remote_pointer(remote), &v, sizeof v);
   change(*reinterpret_cast<Mbarrier*>(remote_pointer(barrier)), 0, -static_cast<int>(sizeof v));
 }
+inline void copy_to_cluster(uint32_t remote, uint32_t from, uint32_t bytes, uint32_t barrier) {
+  std::memcpy(remote_pointer(remote), &mbarrier_at(from), bytes);
+  change(*reinterpret_cast<Mbarrier*>(remote_pointer(barrier)), 0, -static_cast<int>(bytes));
+}
 inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void copy_async(uint32_t smem, const void* global) {
   char* base = static_cast<char*>(__builtin_thread_pointer());
