@@ -10,19 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spense_kernels import ops
 from spense_kernels.errors import PruneError
 from spense_kernels.format import HybridWeight, Split
-from spense_kernels.linear import SpenseLinear
+from spense_kernels.linear import SpenseLinear, rows_of
 
 FP8_MAX = 448.0
 _AMAX_FLOOR = 1e-12
 
 
 class StudentLinear(nn.Module):
-    """y = fp8(x) @ fp8(weight * mask).T + bias with gradients for x and weight.
+    """y = fp8(x) @ fp8(weight).T + bias with gradients for x and weight.
 
     Attributes:
-        weight: float32 Parameter [N, K], zero where pruned.
+        weight: float32 Parameter [N, K], zero where pruned. It stays so: the gradient is zero
+            there, and an optimiser without momentum from elsewhere leaves such a weight alone.
         mask: bool [N, K], True = kept; never changes.
         scale: float32 [N], least scale of every row: where the weights come from FP8 it is theirs,
             so that the first forward pass rounds nothing. A row that grows gets a larger one.
@@ -57,7 +59,7 @@ class StudentLinear(nn.Module):
 
     def to_spense(self) -> SpenseLinear:
         """The FP8 layer that computes what this one does."""
-        codes, scale = quantize_rows(self.weight.detach() * self.mask, self.scale)
+        codes, scale = quantize_weight(self.weight.detach() * self.mask, self.scale)
         codes = codes.view(torch.uint8)
         codes = torch.where(codes == 0x80, 0, codes)  # -0 counts as zero
         hybrid = HybridWeight.from_dense(codes, scale, self.split, self.bias)
@@ -65,7 +67,7 @@ class StudentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""
-        rows = x.reshape(-1, self.in_features)
+        rows = rows_of(x)
         y = _Fp8Linear.apply(rows, self.weight, self.mask, self.scale)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
@@ -95,21 +97,25 @@ def kept_places(weight: Tensor, split: Split) -> Tensor:
     return keep
 
 
-def quantize_rows(values: Tensor, least: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """float8_e4m3fn [M, K], float32 scale [M] = max(|row|, 1e-12) / 448, at least `least`."""
-    scale = values.abs().amax(dim=1).float().clamp_min(_AMAX_FLOOR) * (1.0 / FP8_MAX)
-    if least is not None:
-        # 448 * scale / 448 need not round back to scale.
-        scale = torch.where(scale > least * (1.0 + 1e-6), scale, least)
-    scaled = values.float() * scale.reciprocal()[:, None]
-    return scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+def quantize_weight(weight: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn [N, K] and float32 scale [N] of a float32 weight.
+
+    scale = max(|row|, 1e-12) / 448, at least `least`; codes round weight * (1 / scale).
+    """
+    # A norm reads the weight once; abs().amax() would write it out in between.
+    scale = torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp_min_(_AMAX_FLOOR)
+    scale *= 1.0 / FP8_MAX
+    # 448 * scale / 448 need not round back to scale.
+    scale = torch.where(scale > least * (1.0 + 1e-6), scale, least)
+    # At most 448 * (1 + 1e-6), which rounds to 448: nothing to clamp.
+    return (weight * scale.reciprocal()[:, None]).to(torch.float8_e4m3fn), scale
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, mask, scale):
-        x8, x_scale = quantize_rows(x)
-        w8, w_scale = quantize_rows(weight * mask, scale)
+        x8, x_scale = ops.quantize_fp8(x)
+        w8, w_scale = quantize_weight(weight, scale)
         ctx.save_for_backward(x8, x_scale, w8, w_scale, mask)
         ctx.dtype = x.dtype
         return _product(x8, x_scale, w8, w_scale, x.dtype)
@@ -120,9 +126,11 @@ class _Fp8Linear(torch.autograd.Function):
         dtype = ctx.dtype
         x_grad = w_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = (grad * w_scale.to(dtype)) @ w8.to(dtype)
+            # On the weight, which is smaller than the gradient.
+            x_grad = grad @ (w8.to(dtype) * w_scale[:, None].to(dtype))
         if ctx.needs_input_grad[1]:
-            w_grad = ((grad * x_scale[:, None].to(dtype)).T @ x8.to(dtype)).float() * mask
+            scaled = (grad * x_scale[:, None].to(dtype)).T
+            w_grad = _float_product(scaled, x8.to(dtype)).mul_(mask)
         return x_grad, w_grad, None, None
 
 
@@ -134,6 +142,13 @@ def _product(x8, x_scale, w8, w_scale, dtype) -> Tensor:
         )
     y = (x8.to(dtype) @ w8.to(dtype).T).float()
     return (y * x_scale[:, None] * w_scale).to(dtype)
+
+
+def _float_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, written as such where the library can."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
 def _has_fp8_matmul(x8: Tensor, w8: Tensor) -> bool:
