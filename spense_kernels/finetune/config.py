@@ -29,6 +29,8 @@ class FinetuneConfig:
         clip: largest norm of the gradient; 0 for no limit.
         save_every: steps between two saved states (with a work_dir).
         seed: of the order of the windows.
+        compile: on CUDA, fuse element-wise work with torch.compile; costs seconds at the start.
+        graph: on CUDA with one process, replay steps as a CUDA graph.
     """
 
     steps: int = 300
@@ -42,6 +44,8 @@ class FinetuneConfig:
     clip: float = 1.0
     save_every: int = 100
     seed: int = 0
+    compile: bool = True
+    graph: bool = True
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))

@@ -14,28 +14,32 @@ CPU_BYTES, CUDA_BYTES = 64 << 20, 1 << 30  # float32 logits of one model held at
 _ALIGN = 64
 
 
-def distillation_loss(student: nn.Module, teacher: nn.Module, hidden: Tensor, target: Tensor):
+def distillation_loss(
+    student: nn.Module, teacher: nn.Module, hidden: Tensor, target: Tensor, compiled: bool = False
+) -> Tensor:
     """Mean KL(teacher || student) over positions, in nats, float32.
 
     Args:
         hidden, target: [T, D] last hidden states of student and teacher.
+        compiled: on CUDA, let torch.compile fuse what lies between the matrix products.
 
     Over the whole vocabulary. The gradient for `hidden` is worked out on the way forward, so
     logits of all positions never exist at once; there is none for `target` and the heads.
     """
-    return _Distillation.apply(hidden, target, student, teacher)
+    return _Distillation.apply(hidden, target, student, teacher, compiled)
 
 
 class _Distillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, target, student, teacher):
+    def forward(ctx, hidden, target, student, teacher, compiled):
         grad = torch.empty_like(hidden)
         total = torch.zeros((), device=hidden.device)
-        form = logit_form(student.config)
+        distance = _kl_rows if compiled else _kl_rows.function
+        forms = logit_form(student.config), logit_form(teacher.config)
         for part in _parts(hidden, student.get_output_embeddings().weight.shape[0]):
             given = _Head(student, hidden[part])
             wanted = _Head(teacher, target[part])
-            total += _kl_rows(given.logits, wanted.logits, form, logit_form(teacher.config)).sum()
+            total += distance(given.logits, wanted.logits, *forms).sum()
             grad[part] = given.backward(given.logits)
         ctx.save_for_backward(grad)
         ctx.count = hidden.shape[0]
@@ -44,7 +48,7 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, outer):
         (grad,) = ctx.saved_tensors
-        return grad * (outer / ctx.count).to(grad.dtype), None, None, None
+        return grad * (outer / ctx.count).to(grad.dtype), None, None, None, None
 
 
 def _parts(hidden: Tensor, vocabulary: int) -> list[slice]:

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError, SpenseError
+from spense_kernels.finetune.attention import causal_windows
 from spense_kernels.finetune.config import FinetuneConfig
+from spense_kernels.finetune.fuse import fuse_norms, unfuse_norms
+from spense_kernels.finetune.graph import Replayed
 from spense_kernels.finetune.loss import distillation_loss
 from spense_kernels.finetune.student import student_layers
+from spense_kernels.finetune.teacher import TeacherStates, last_hidden
 from spense_kernels.models import need
 from spense_kernels.prune.calibrate import check_calibration
 from spense_kernels.prune.store import model_fingerprint, tensor_digest, write_text
 
-# Steps before `minutes` is turned into steps; the first ones also compile and allocate.
+# Steps before `minutes` is turned into steps; the first ones also compile, allocate and capture.
 _UNTIMED, _TIMED = 2, 4
 
 
@@ -94,18 +98,37 @@ class _Run:
         self.folder = None
         if work_dir is not None:
             self.folder = _State(Path(work_dir), _fingerprint(student, windows, config))
-        self.teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
-        student = student.to(accelerator.device)
+        self.device = accelerator.device
+        self.teacher = teacher.to(self.device).eval().requires_grad_(False)
+        student = student.to(self.device)
         weights = [layer.weight for layer in student_layers(student).values()]
         for weight in weights:
             weight.requires_grad_(True)
+        cuda = self.device.type == "cuda"
+        self.compiled = cuda and config.compile
+        graph = cuda and config.graph and accelerator.num_processes == 1
+        # A graph reads the learning rate from the device.
+        self.rate = torch.tensor(config.lr, device=self.device) if graph else None
         optimizer = torch.optim.Adam(
-            weights, lr=config.lr, betas=config.betas, fused=accelerator.device.type == "cuda"
+            weights, lr=config.lr, betas=config.betas, fused=cuda, capturable=graph
         )
         self.plain = student
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
+        self.update = Replayed(self._update) if graph else self._update
+        again = config.minutes is not None or config.steps * config.batch > windows.shape[0]
+        self.states = TeacherStates(self.teacher, windows, self.device, again)
 
     def train(self, progress, max_seconds) -> FinetuneReport:
+        """Take the steps that are left."""
+        if self.compiled:
+            fuse_norms(self.plain)
+        try:
+            with causal_windows(self.plain, self.teacher):
+                return self._train(progress, max_seconds)
+        finally:
+            unfuse_norms(self.plain)
+
+    def _train(self, progress, max_seconds) -> FinetuneReport:
         config, report, fitted = self.config, FinetuneReport(self.config), None
         if self.folder is not None:
             report.first_step, fitted = self.folder.load(self.accelerator)
@@ -116,6 +139,8 @@ class _Run:
             progress.start("fine-tune", config.steps)
             progress.advance(report.first_step)
         begin = time.monotonic()
+        if self.states.kept and self.device.type == "cuda":
+            self.states.fill()
         losses = []
         step = report.first_step
         while step < self.config.steps or clock is not None:
@@ -142,16 +167,36 @@ class _Run:
         return report
 
     def _step(self, step: int) -> Tensor:
-        config, accelerator = self.config, self.accelerator
+        rate = self.config.lr * self.config.share(step)
+        if self.rate is not None:
+            rate = self.rate.fill_(rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * config.share(step)
-        ids = self.windows[self._rows(step)]
-        mine = ids[accelerator.process_index :: accelerator.num_processes]
-        parts = mine.split(config.micro_batch or max(1, len(mine)))
-        total = torch.zeros((), device=accelerator.device)
-        for i, part in enumerate(parts):
-            loss = self._loss(part.to(accelerator.device)) * (len(part) / len(mine))
-            if i + 1 < len(parts) and accelerator.num_processes > 1:
+            group["lr"] = rate
+        rows = self._rows(step)
+        rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        inputs = [self.windows[rows].to(self.device)]
+        if self.states.kept:
+            inputs.append(self.states.of(rows))
+        total = self.update(*inputs)
+        if step % 50 == 0 and not bool(torch.isfinite(total)):
+            raise SpenseError(f"finetune: the loss of step {step} is {float(total)}")
+        return total
+
+    def _update(self, ids: Tensor, target: Tensor | None = None) -> Tensor:
+        """One step of the optimiser on windows [B, L]; their mean loss.
+
+        Args:
+            target: the teacher's last hidden states [B, L, D], or None to work them out.
+        """
+        config, accelerator = self.config, self.accelerator
+        size = config.micro_batch or max(1, len(ids))
+        starts = range(0, len(ids), size)
+        total = torch.zeros((), device=self.device)
+        for start in starts:
+            part = slice(start, start + size)
+            wanted = None if target is None else target[part]
+            loss = self._loss(ids[part], wanted) * (len(ids[part]) / len(ids))
+            if start != starts[-1] and accelerator.num_processes > 1:
                 with accelerator.no_sync(self.student):
                     accelerator.backward(loss)
             else:
@@ -161,22 +206,22 @@ class _Run:
             accelerator.clip_grad_norm_(self.student.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if step % 50 == 0 and not bool(torch.isfinite(total)):
-            raise SpenseError(f"finetune: the loss of step {step} is {float(total)}")
         return total
 
-    def _loss(self, ids: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = self.teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    def _loss(self, ids: Tensor, target: Tensor | None) -> Tensor:
+        if target is None:
+            with torch.no_grad():
+                target = last_hidden(self.teacher, ids)
         # Through the wrapper's forward when there is one, so that it sees the gradients.
         hidden = self._hidden(ids)
         return distillation_loss(
-            self.plain, self.teacher, hidden[:, :-1].flatten(0, 1), target[:, :-1].flatten(0, 1)
-        )
+            self.plain, self.teacher, hidden[:, :-1].flatten(0, 1), target[:, :-1].flatten(0, 1),
+            compiled=self.compiled,
+        )  # fmt: skip
 
     def _hidden(self, ids: Tensor) -> Tensor:
         if self.student is self.plain:
-            return self.plain.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            return last_hidden(self.plain, ids)
         out = self.student(
             input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1
         )
