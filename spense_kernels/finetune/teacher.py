@@ -7,12 +7,19 @@ import torch
 from torch import Tensor, nn
 
 CPU_BYTES, CUDA_SHARE = 4 << 30, 1 / 8  # memory for states that are kept; share of the device's
-_CUDA_GROUP = 16  # windows at once
+_CUDA_GROUP = 64  # windows at once
 
 
 def last_hidden(model: nn.Module, ids: Tensor) -> Tensor:
     """[B, L, D] last hidden states, what the head takes."""
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def without_waiting(rows: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device; the host does not wait for what the device has to do."""
+    if device.type == "cuda":
+        rows = rows.pin_memory()
+    return rows.to(device, non_blocking=True)
 
 
 class TeacherStates:
@@ -41,7 +48,7 @@ class TeacherStates:
 
     @torch.no_grad()
     def of(self, rows: Tensor) -> Tensor:
-        """[len(rows), L, D] on the device, for int64 rows on the CPU; needs `kept`."""
+        """[len(rows), L, D] on the device, for int64 rows on the CPU; only where `kept`."""
         for start in sorted({row // self._group * self._group for row in rows.tolist()}):
             part = slice(start, start + self._group)
             if not bool(self._known[start]):
@@ -51,7 +58,7 @@ class TeacherStates:
                     self._states = torch.empty(shape, dtype=found.dtype, device=self.device)
                 self._states[part] = found
                 self._known[part] = True
-        return self._states[rows.to(self.device)]
+        return self._states[without_waiting(rows, self.device)]
 
     def fill(self) -> None:
         """All windows, at once."""

@@ -20,7 +20,7 @@ from spense_kernels.finetune.fuse import fuse_norms, unfuse_norms
 from spense_kernels.finetune.graph import Replayed
 from spense_kernels.finetune.loss import distillation_loss
 from spense_kernels.finetune.student import student_layers
-from spense_kernels.finetune.teacher import TeacherStates, last_hidden
+from spense_kernels.finetune.teacher import TeacherStates, last_hidden, without_waiting
 from spense_kernels.models import need
 from spense_kernels.prune.calibrate import check_calibration
 from spense_kernels.prune.store import model_fingerprint, tensor_digest, write_text
@@ -174,7 +174,7 @@ class _Run:
             group["lr"] = rate
         rows = self._rows(step)
         rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        inputs = [self.windows[rows].to(self.device)]
+        inputs = [without_waiting(self.windows[rows], self.device)]
         if self.states.kept:
             inputs.append(self.states.of(rows))
         total = self.update(*inputs)
