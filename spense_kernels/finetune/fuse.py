@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+_SHAPES = 64  # that a function may be compiled for
 
 
 class Fused:
@@ -31,9 +34,11 @@ class Fused:
             return self.function(*args)
         if self._compiled is None:
             self._compiled = torch.compile(self.function, dynamic=False, fullgraph=True)
+        dynamo = torch._dynamo
         try:
-            return self._compiled(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
+            with dynamo.config.patch(recompile_limit=_SHAPES):
+                return self._compiled(*args)
+        except (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit) as error:
             text = str(error).strip().splitlines() or [type(error).__name__]
             warnings.warn(
                 f"finetune: {self.function.__qualname__} runs uncompiled, as torch.compile "
@@ -44,25 +49,23 @@ class Fused:
             return self.function(*args)
 
 
-def fuse_norms(model: nn.Module) -> int:
-    """Compile the RMSNorms of a model, each class once; how many there are.
+@contextmanager
+def fused_norms(model: nn.Module) -> Iterator[None]:
+    """Run the RMSNorms of a model compiled; each class is compiled once.
 
     Eager ones are up to ten kernels forward and twenty backward.
     """
     fused: dict[type, Fused] = {}
     found = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
-    for module in found:
-        kind = type(module)
-        if kind not in fused:
-            fused[kind] = Fused(_of_input(kind.forward))
-        module.forward = types.MethodType(_forward(fused[kind]), module)
-    return len(found)
-
-
-def unfuse_norms(model: nn.Module) -> None:
-    """Take back what fuse_norms did."""
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
+    try:
+        for module in found:
+            kind = type(module)
+            if kind not in fused:
+                fused[kind] = Fused(_of_input(kind.forward))
+            module.forward = types.MethodType(_forward(fused[kind]), module)
+        yield
+    finally:
+        for module in found:
             module.__dict__.pop("forward", None)
 
 

@@ -10,7 +10,7 @@ from spense_kernels.evaluate import logit_form
 from spense_kernels.finetune.fuse import Fused
 
 CPU_BYTES, CUDA_BYTES = 64 << 20, 1 << 30  # float32 logits of one model held at a time
-# Rows of logits start on whole cache lines: matrix products with odd strides are many times slower.
+# Matrix products with an odd size are several times slower; the head gets rows of zeros up to this.
 _ALIGN = 64
 
 
@@ -32,15 +32,19 @@ def distillation_loss(
 class _Distillation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, target, student, teacher, compiled):
-        grad = torch.empty_like(hidden)
-        total = torch.zeros((), device=hidden.device)
         distance = _kl_rows if compiled else _kl_rows.function
         forms = logit_form(student.config), logit_form(teacher.config)
-        for part in _parts(hidden, student.get_output_embeddings().weight.shape[0]):
-            given = _Head(student, hidden[part])
-            wanted = _Head(teacher, target[part])
-            total += distance(given.logits, wanted.logits, *forms).sum()
-            grad[part] = given.backward(given.logits)
+        given, wanted = _Head(student, hidden), _Head(teacher, target)
+        grad = torch.empty_like(hidden)
+        total = torch.zeros((), device=hidden.device)
+        parts = _parts(hidden, given.size)
+        room = hidden.new_zeros(parts[0].stop, given.aligned)
+        for part in parts:
+            logits = given.logits(hidden[part])
+            rows = room[: logits.shape[0]]
+            towards = wanted.logits(target[part])
+            total += distance(logits, towards, rows[:, : given.size], *forms).sum()
+            grad[part] = given.backward(rows)
         ctx.save_for_backward(grad)
         ctx.count = hidden.shape[0]
         return total / hidden.shape[0]
@@ -62,40 +66,47 @@ def _parts(hidden: Tensor, vocabulary: int) -> list[slice]:
 
 
 class _Head:
-    """Output of a model's head, neither scaled nor capped, and the way back to its input.
+    """A model's head without what scales and caps its output, and the way back to its input.
 
     Attributes:
-        logits: [R, vocabulary] in the dtype of the head.
+        size, aligned: words of the vocabulary; columns of the gradients that `backward` takes.
     """
 
     def __init__(self, model: nn.Module, hidden: Tensor):
-        head = model.get_output_embeddings()
-        # Of a plain head the product is written here, with aligned rows; others know their own way.
-        self.weight = None
+        self.head = model.get_output_embeddings()
+        self.size = self.aligned = self.head.weight.shape[0]
+        # Of a plain head the products are written here; others know their own way.
+        head, self.weight = self.head, None
         if type(head) is nn.Linear and head.bias is None and head.weight.dtype == hidden.dtype:
+            self.aligned = -(-self.size // _ALIGN) * _ALIGN
             self.weight = head.weight.detach()
-            size = self.weight.shape[0]
-            rows = hidden.new_empty(hidden.shape[0], -(-size // _ALIGN) * _ALIGN)
-            self.logits = torch.mm(hidden.detach(), self.weight.T, out=rows[:, :size])
-            return
+            if self.aligned != self.size:
+                # A copy of the head costs next to nothing against what odd sizes do to products.
+                more = (0, 0, 0, self.aligned - self.size)
+                self.weight = nn.functional.pad(self.weight, more)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, size] in the dtype of the head, for hidden [R, D]."""
+        if self.weight is not None:
+            return (hidden.detach() @ self.weight.T)[:, : self.size]
         with torch.enable_grad():
             self.leaf = hidden.detach().requires_grad_()
-            self.output = head(self.leaf)
-        self.logits = self.output.detach().clone()
+            self.output = self.head(self.leaf)
+        return self.output.detach()
 
     def backward(self, grad: Tensor) -> Tensor:
-        """Gradient of the head's input [R, D] from that of its output."""
+        """[R, D] of the last `logits`, for grad [R, aligned] with zeros behind the vocabulary."""
         if self.weight is not None:
             return grad @ self.weight
         return torch.autograd.grad(self.output, self.leaf, grad)[0]
 
 
 @Fused
-def _kl_rows(given: Tensor, wanted: Tensor, given_form, wanted_form) -> Tensor:
-    """KL of each row, float32 [R]; `given` becomes the gradient of their sum for `given`.
+def _kl_rows(given: Tensor, wanted: Tensor, grad: Tensor, given_form, wanted_form) -> Tensor:
+    """KL of each row, float32 [R]; writes the gradient of their sum for `given` into `grad`.
 
     Args:
-        given, wanted: [R, V] outputs of the heads of student and teacher.
+        given, wanted, grad: [R, V] outputs of the heads of student and teacher.
         given_form, wanted_form: (scale, cap) of the logits, see logit_form.
     """
     capped = _formed(given, given_form)
@@ -103,11 +114,11 @@ def _kl_rows(given: Tensor, wanted: Tensor, given_form, wanted_form) -> Tensor:
     log_p = _formed(wanted, wanted_form).log_softmax(dim=-1, dtype=torch.float32)
     p = log_p.exp()
     distance = (p * (log_p - log_q)).sum(dim=-1)
-    grad = log_q.exp() - p
     scale, cap = given_form
+    found = log_q.exp() - p
     if cap is not None:
-        grad = grad * (1.0 - (capped / cap).square())
-    given.copy_(grad * scale if scale != 1.0 else grad)
+        found = found * (1.0 - (capped / cap).square())
+    grad.copy_(found * scale if scale != 1.0 else found)
     return distance
 
 

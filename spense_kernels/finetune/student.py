@@ -7,11 +7,16 @@ takes the rounding for the identity.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from spense_kernels import ops
 from spense_kernels.errors import PruneError
+from spense_kernels.finetune.fuse import Fused
 from spense_kernels.format import HybridWeight, Split
 from spense_kernels.linear import SpenseLinear, rows_of
 
@@ -30,7 +35,10 @@ class StudentLinear(nn.Module):
             so that the first forward pass rounds nothing. A row that grows gets a larger one.
         bias: float32 [N] or None; not trained.
         split: Split of the layer, or None for one that is not going back into a SpenseLinear.
+        compiled: on CUDA, whether torch.compile may fuse what is around the matrix products.
     """
+
+    compiled = False
 
     def __init__(
         self,
@@ -67,8 +75,8 @@ class StudentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""
-        rows = rows_of(x)
-        y = _Fp8Linear.apply(rows, self.weight, self.mask, self.scale)
+        rows = _rows_in_fp8(x, self.compiled)
+        y = _Fp8Linear.apply(rows_of(x), rows, self.weight, self.mask, self.scale)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
@@ -111,27 +119,56 @@ def quantize_weight(weight: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     return (weight * scale.reciprocal()[:, None]).to(torch.float8_e4m3fn), scale
 
 
+class _Rows(NamedTuple):
+    """Rows of a layer's input as the layer sees them.
+
+    Attributes:
+        codes, scale: float8_e4m3fn [M, K] and float32 [M].
+        values: codes * scale [M, K] in the dtype of the input.
+        version: of the input they were made from.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    values: Tensor
+    version: int
+
+
+@torch.no_grad()
+def _rows_in_fp8(x: Tensor, compiled: bool) -> _Rows:
+    """Of x [..., K]; layers that share an input share them."""
+    found = getattr(x, "_spense_rows", None)
+    if found is None or found.version != x._version:
+        codes, scale = ops.quantize_fp8(rows_of(x.detach()))
+        dequantize = _dequantize if compiled else _dequantize.function
+        found = _Rows(codes, scale, dequantize(codes, scale, x.dtype), x._version)
+        x._spense_rows = found
+    return found
+
+
+@Fused
+def _dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (codes.float() * scale[:, None]).to(dtype)
+
+
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, mask, scale):
-        x8, x_scale = ops.quantize_fp8(x)
+    def forward(ctx, x, rows, weight, mask, scale):
         w8, w_scale = quantize_weight(weight, scale)
-        ctx.save_for_backward(x8, x_scale, w8, w_scale, mask)
-        ctx.dtype = x.dtype
-        return _product(x8, x_scale, w8, w_scale, x.dtype)
+        ctx.save_for_backward(rows.values, w8, w_scale, mask)
+        return _product(rows.codes, rows.scale, w8, w_scale, x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        x8, x_scale, w8, w_scale, mask = ctx.saved_tensors
-        dtype = ctx.dtype
+        values, w8, w_scale, mask = ctx.saved_tensors
+        dtype = grad.dtype
         x_grad = w_grad = None
         if ctx.needs_input_grad[0]:
-            # On the weight, which is smaller than the gradient.
-            x_grad = grad @ (w8.to(dtype) * w_scale[:, None].to(dtype))
-        if ctx.needs_input_grad[1]:
-            scaled = (grad * x_scale[:, None].to(dtype)).T
-            w_grad = _float_product(scaled, x8.to(dtype)).mul_(mask)
-        return x_grad, w_grad, None, None
+            # The scale goes to the weight, which is smaller than the gradient.
+            x_grad = grad @ w8.to(dtype).mul_(w_scale[:, None].to(dtype))
+        if ctx.needs_input_grad[2]:
+            w_grad = _float_product(grad.T, values).mul_(mask)
+        return x_grad, None, w_grad, None, None
 
 
 def _product(x8, x_scale, w8, w_scale, dtype) -> Tensor:
@@ -158,6 +195,19 @@ def _has_fp8_matmul(x8: Tensor, w8: Tensor) -> bool:
 
 def student_layers(model: nn.Module) -> dict[str, StudentLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, StudentLinear)}
+
+
+@contextmanager
+def compiled_layers(model: nn.Module) -> Iterator[None]:
+    """Let torch.compile fuse what is around the matrix products of a student."""
+    layers = student_layers(model).values()
+    for layer in layers:
+        layer.compiled = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.compiled = False
 
 
 def make_student(model: nn.Module) -> nn.Module:

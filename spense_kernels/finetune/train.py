@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from spense_kernels.errors import PruneError, SpenseError
 from spense_kernels.finetune.attention import causal_windows
 from spense_kernels.finetune.config import FinetuneConfig
-from spense_kernels.finetune.fuse import fuse_norms, unfuse_norms
+from spense_kernels.finetune.fuse import fused_norms
 from spense_kernels.finetune.graph import Replayed
 from spense_kernels.finetune.loss import distillation_loss
-from spense_kernels.finetune.student import student_layers
+from spense_kernels.finetune.student import compiled_layers, student_layers
 from spense_kernels.finetune.teacher import TeacherStates, last_hidden, without_waiting
 from spense_kernels.models import need
 from spense_kernels.prune.calibrate import check_calibration
@@ -120,13 +121,12 @@ class _Run:
 
     def train(self, progress, max_seconds) -> FinetuneReport:
         """Take the steps that are left."""
-        if self.compiled:
-            fuse_norms(self.plain)
-        try:
-            with causal_windows(self.plain, self.teacher):
-                return self._train(progress, max_seconds)
-        finally:
-            unfuse_norms(self.plain)
+        with ExitStack() as stack:
+            stack.enter_context(causal_windows(self.plain, self.teacher))
+            if self.compiled:
+                stack.enter_context(fused_norms(self.plain))
+                stack.enter_context(compiled_layers(self.plain))
+            return self._train(progress, max_seconds)
 
     def _train(self, progress, max_seconds) -> FinetuneReport:
         config, report, fitted = self.config, FinetuneReport(self.config), None
