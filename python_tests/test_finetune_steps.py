@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import types
 
 import pytest
@@ -21,7 +22,7 @@ from spense_kernels.finetune import (
 )
 from spense_kernels.finetune import teacher as teacher_module
 from spense_kernels.finetune.attention import causal_windows
-from spense_kernels.finetune.fuse import Fused, fused_norms
+from spense_kernels.finetune.fuse import Fused, fused_norms, fused_rotary
 from spense_kernels.finetune.student import quantize_weight
 from spense_kernels.finetune.teacher import TeacherStates, last_hidden
 from spense_kernels.quant import quantize_fp8_reference
@@ -199,6 +200,18 @@ def test_fused_norms_come_and_go():
         assert all("forward" in vars(m) for m in norms)
         assert torch.equal(model(WINDOWS).logits, expected)
     assert not any("forward" in vars(m) for m in norms)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama", "mistral", "qwen3"])
+def test_fused_rotary_comes_and_goes(family):
+    model = make(family)
+    expected = model(WINDOWS).logits
+    file = sys.modules[type(model).__module__]
+    plain = file.apply_rotary_pos_emb
+    with fused_rotary(model):
+        assert isinstance(file.apply_rotary_pos_emb, Fused)
+        assert torch.equal(model(WINDOWS).logits, expected)
+    assert file.apply_rotary_pos_emb is plain
 
 
 def test_layers_with_one_input_quantise_it_once(monkeypatch):

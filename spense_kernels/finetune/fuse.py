@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 _SHAPES = 64  # that a function may be compiled for
+_ATTENTION, _ROTARY = "Attention", "apply_rotary_pos_emb"  # names in transformers
 
 
 class Fused:
@@ -29,24 +31,24 @@ class Fused:
         self.function, self.on = function, True
         self._compiled: Callable | None = None
 
-    def __call__(self, *args):
+    def __call__(self, *args, **options):
         if not (self.on and args[0].is_cuda):
-            return self.function(*args)
+            return self.function(*args, **options)
         if self._compiled is None:
             self._compiled = torch.compile(self.function, dynamic=False, fullgraph=True)
         dynamo = torch._dynamo
         try:
             with dynamo.config.patch(recompile_limit=_SHAPES):
-                return self._compiled(*args)
+                return self._compiled(*args, **options)
         except (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit) as error:
-            text = str(error).strip().splitlines() or [type(error).__name__]
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            name = getattr(self.function, "__name__", "a function")
             warnings.warn(
-                f"finetune: {self.function.__qualname__} runs uncompiled, as torch.compile "
-                f"failed: {text[0]}",
+                f"finetune: {name} runs uncompiled, as torch.compile failed: {why[0]}",
                 stacklevel=2,
             )
             self.on = False
-            return self.function(*args)
+            return self.function(*args, **options)
 
 
 @contextmanager
@@ -67,6 +69,24 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
     finally:
         for module in found:
             module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def fused_rotary(model: nn.Module) -> Iterator[None]:
+    """Run the rotary embedding of a transformers model compiled: one kernel each way, not eight.
+
+    Models call it as a global function of their file, so it is changed there.
+    """
+    attention = {type(m).__module__ for m in model.modules() if _ATTENTION in type(m).__name__}
+    files = [sys.modules[name] for name in attention if hasattr(sys.modules[name], _ROTARY)]
+    plain = [getattr(file, _ROTARY) for file in files]
+    try:
+        for file, function in zip(files, plain, strict=True):
+            setattr(file, _ROTARY, Fused(function))
+        yield
+    finally:
+        for file, function in zip(files, plain, strict=True):
+            setattr(file, _ROTARY, function)
 
 
 def _of_input(forward: Callable) -> Callable:

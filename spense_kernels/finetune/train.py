@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spense_kernels.errors import PruneError, SpenseError
 from spense_kernels.finetune.attention import causal_windows
 from spense_kernels.finetune.config import FinetuneConfig
-from spense_kernels.finetune.fuse import fused_norms
+from spense_kernels.finetune.fuse import fused_norms, fused_rotary
 from spense_kernels.finetune.graph import Replayed
 from spense_kernels.finetune.loss import distillation_loss
 from spense_kernels.finetune.student import compiled_layers, student_layers
@@ -125,6 +125,7 @@ class _Run:
             stack.enter_context(causal_windows(self.plain, self.teacher))
             if self.compiled:
                 stack.enter_context(fused_norms(self.plain))
+                stack.enter_context(fused_rotary(self.plain))
                 stack.enter_context(compiled_layers(self.plain))
             return self._train(progress, max_seconds)
 
