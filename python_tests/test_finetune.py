@@ -190,7 +190,8 @@ def test_bad_input(pruned, teacher):
     with pytest.raises(PruneError, match="calibration must be int64"):
         finetune(student_of(pruned), teacher, WINDOWS.float())
     for changes in ({"steps": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"batch": 1.5},
-                    {"micro_batch": 0}, {"lr_end": 2.0}, {"clip": -1.0}):  # fmt: skip
+                    {"micro_batch": 0}, {"lr_end": 2.0}, {"clip": -1.0},
+                    {"splice": 0}, {"noise": 1.0}, {"noise": float("nan")}):  # fmt: skip
         with pytest.raises(PruneError, match="FinetuneConfig"):
             FinetuneConfig(**changes)
 

@@ -29,6 +29,10 @@ class FinetuneConfig:
         clip: largest norm of the gradient; 0 for no limit.
         save_every: steps between two saved states (with a work_dir).
         seed: of the order of the windows.
+        splice: parts of different windows that a window is put together from, cut at random; 1 for
+            windows as they are.
+        noise: share of tokens that are replaced by others of the text. With this or `splice` no two
+            passes over the text are alike, and the teacher's states cannot be kept.
         compile: on CUDA, fuse element-wise work with torch.compile; costs seconds at the start.
         graph: on CUDA with one process, replay steps as a CUDA graph.
     """
@@ -44,6 +48,8 @@ class FinetuneConfig:
     clip: float = 1.0
     save_every: int = 100
     seed: int = 0
+    splice: int = 1
+    noise: float = 0.0
     compile: bool = True
     graph: bool = True
 
@@ -51,6 +57,7 @@ class FinetuneConfig:
         object.__setattr__(self, "betas", tuple(self.betas))
         for name, low in (
             ("steps", 1), ("batch", 1), ("warmup", 0), ("save_every", 1), ("seed", 0),
+            ("splice", 1),
         ):  # fmt: skip
             _integer(name, getattr(self, name), low)
         if self.micro_batch is not None:
@@ -61,6 +68,8 @@ class FinetuneConfig:
             raise PruneError(f"FinetuneConfig: lr must be above 0, got {self.lr}")
         if not 0.0 <= self.lr_end <= 1.0:
             raise PruneError(f"FinetuneConfig: lr_end must be in 0..1, got {self.lr_end}")
+        if not 0.0 <= self.noise < 1.0:
+            raise PruneError(f"FinetuneConfig: noise must be in 0..1, below 1, got {self.noise}")
         if not self.clip >= 0:
             raise PruneError(f"FinetuneConfig: clip must be at least 0, got {self.clip}")
 

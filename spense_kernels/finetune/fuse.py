@@ -52,13 +52,14 @@ class Fused:
 
 
 @contextmanager
-def fused_norms(model: nn.Module) -> Iterator[None]:
-    """Run the RMSNorms of a model compiled; each class is compiled once.
+def fused_norms(*models: nn.Module) -> Iterator[None]:
+    """Run the RMSNorms of models compiled; each class is compiled once.
 
     Eager ones are up to ten kernels forward and twenty backward.
     """
     fused: dict[type, Fused] = {}
-    found = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    every = (m for model in models for m in model.modules())
+    found = [m for m in every if type(m).__name__.endswith("RMSNorm")]
     try:
         for module in found:
             kind = type(module)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError, SpenseError
 from spense_kernels.finetune.attention import causal_windows
+from spense_kernels.finetune.batches import Batches
 from spense_kernels.finetune.config import FinetuneConfig
 from spense_kernels.finetune.fuse import fused_norms, fused_rotary
 from spense_kernels.finetune.graph import Replayed
@@ -116,15 +117,20 @@ class _Run:
         self.plain = student
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
         self.update = Replayed(self._update) if graph else self._update
+        self.batches = Batches(windows, config)
         again = config.minutes is not None or config.steps * config.batch > windows.shape[0]
-        self.states = TeacherStates(self.teacher, windows, self.device, again)
+        self.states = TeacherStates(
+            self.teacher, windows, self.device, again and not self.batches.changed
+        )
 
     def train(self, progress, max_seconds) -> FinetuneReport:
         """Take the steps that are left."""
+        # States that are kept are soon there: not worth to compile for.
+        fused = [self.plain] if self.states.kept else [self.plain, self.teacher]
         with ExitStack() as stack:
             stack.enter_context(causal_windows(self.plain, self.teacher))
             if self.compiled:
-                stack.enter_context(fused_norms(self.plain))
+                stack.enter_context(fused_norms(*fused))
                 stack.enter_context(fused_rotary(self.plain))
                 stack.enter_context(compiled_layers(self.plain))
             return self._train(progress, max_seconds)
@@ -173,11 +179,11 @@ class _Run:
             rate = self.rate.fill_(rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        rows = self._rows(step)
-        rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        inputs = [without_waiting(self.windows[rows], self.device)]
+        rows = self.batches.rows(step)
+        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        inputs = [without_waiting(self.batches.ids(step, rows)[mine], self.device)]
         if self.states.kept:
-            inputs.append(self.states.of(rows))
+            inputs.append(self.states.of(rows[mine]))
         total = self.update(*inputs)
         if step % 50 == 0 and not bool(torch.isfinite(total)):
             raise SpenseError(f"finetune: the loss of step {step} is {float(total)}")
@@ -227,17 +233,6 @@ class _Run:
             input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1
         )
         return out.hidden_states[-1]
-
-    def _rows(self, step: int) -> Tensor:
-        """Windows of a step: one shuffled pass after another, the same on every process."""
-        count, batch = self.windows.shape[0], self.config.batch
-        places = torch.arange(step * batch, (step + 1) * batch)
-        rows = []
-        for epoch in sorted(set((places // count).tolist())):
-            seed = (self.config.seed << 20) + epoch
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-            rows.append(order[places[places // count == epoch] % count])
-        return torch.cat(rows)
 
 
 class _Clock:
