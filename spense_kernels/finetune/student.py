@@ -125,23 +125,24 @@ class _Rows(NamedTuple):
     Attributes:
         codes, scale: float8_e4m3fn [M, K] and float32 [M].
         values: codes * scale [M, K] in the dtype of the input.
-        version: of the input they were made from.
+        version: of the input they were made from, None where it is not counted.
     """
 
     codes: Tensor
     scale: Tensor
     values: Tensor
-    version: int
+    version: int | None
 
 
 @torch.no_grad()
 def _rows_in_fp8(x: Tensor, compiled: bool) -> _Rows:
     """Of x [..., K]; layers that share an input share them."""
+    version = None if x.is_inference() else x._version  # an inference tensor has none
     found = getattr(x, "_spense_rows", None)
-    if found is None or found.version != x._version:
+    if found is None or version is None or found.version != version:
         codes, scale = ops.quantize_fp8(rows_of(x.detach()))
         dequantize = _dequantize if compiled else _dequantize.function
-        found = _Rows(codes, scale, dequantize(codes, scale, x.dtype), x._version)
+        found = _Rows(codes, scale, dequantize(codes, scale, x.dtype), version)
         x._spense_rows = found
     return found
 

@@ -128,6 +128,8 @@ class _Run:
         # States that are kept are soon there: not worth to compile for.
         fused = [self.plain] if self.states.kept else [self.plain, self.teacher]
         with ExitStack() as stack:
+            # It holds this object and gigabytes: they must go with the last reference.
+            stack.callback(lambda: setattr(self, "update", None))
             stack.enter_context(causal_windows(self.plain, self.teacher))
             if self.compiled:
                 stack.enter_context(fused_norms(*fused))
