@@ -164,6 +164,25 @@ def test_states_of_the_teacher_come_once_and_the_same():
     assert not TeacherStates(model, WINDOWS, device, again=False).kept
 
 
+@pytest.mark.parametrize("group", [2, 3, 8])
+def test_states_by_groups_whose_last_is_no_smaller(group):
+    model, sizes = make("gemma3"), []
+    states = TeacherStates(model, WINDOWS, torch.device("cpu"), again=True)
+    states._group = group
+    handle = model.base_model.embed_tokens.register_forward_hook(
+        lambda module, args, output: sizes.append(args[0].shape[0])
+    )
+    found = states.of(torch.tensor([4, 0, 3]))
+    states.fill()
+    handle.remove()
+    assert set(sizes) == {min(group, 5)}
+    assert len(sizes) == -(-5 // group)
+    assert torch.equal(states.of(torch.tensor([4, 0, 3])), found)
+    torch.testing.assert_close(
+        states.of(torch.arange(5)), last_hidden(model, WINDOWS), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_states_that_do_not_fit_are_worked_out_each_time(monkeypatch):
     config = FinetuneConfig(steps=4, batch=4, lr=1e-3)
     kept = finetune(student_of("gemma3"), make("gemma3"), WINDOWS, config)

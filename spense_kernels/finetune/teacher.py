@@ -50,14 +50,19 @@ class TeacherStates:
     def of(self, rows: Tensor) -> Tensor:
         """[len(rows), L, D] on the device, for int64 rows on the CPU; only where `kept`."""
         for start in sorted({row // self._group * self._group for row in rows.tolist()}):
-            part = slice(start, start + self._group)
-            if not bool(self._known[start]):
-                found = last_hidden(self.teacher, self.windows[part].to(self.device))
-                if self._states is None:
-                    shape = (self.windows.shape[0], *found.shape[1:])
-                    self._states = torch.empty(shape, dtype=found.dtype, device=self.device)
-                self._states[part] = found
-                self._known[part] = True
+            if bool(self._known[start]):
+                continue
+            # The last group begins earlier than it must: every other size would compile anew.
+            count = self.windows.shape[0]
+            begin = max(0, min(start, count - self._group))
+            found = last_hidden(
+                self.teacher, self.windows[begin : begin + self._group].to(self.device)
+            )
+            if self._states is None:
+                shape = (count, *found.shape[1:])
+                self._states = torch.empty(shape, dtype=found.dtype, device=self.device)
+            self._states[start : start + self._group] = found[start - begin :]
+            self._known[start] = True
         return self._states[without_waiting(rows, self.device)]
 
     def fill(self) -> None:

@@ -125,14 +125,12 @@ class _Run:
 
     def train(self, progress, max_seconds) -> FinetuneReport:
         """Take the steps that are left."""
-        # States that are kept are soon there: not worth to compile for.
-        fused = [self.plain] if self.states.kept else [self.plain, self.teacher]
         with ExitStack() as stack:
             # It holds this object and gigabytes: they must go with the last reference.
             stack.callback(lambda: setattr(self, "update", None))
             stack.enter_context(causal_windows(self.plain, self.teacher))
             if self.compiled:
-                stack.enter_context(fused_norms(*fused))
+                stack.enter_context(fused_norms(self.plain, self.teacher))
                 stack.enter_context(fused_rotary(self.plain))
                 stack.enter_context(compiled_layers(self.plain))
             return self._train(progress, max_seconds)

@@ -44,6 +44,9 @@ def finetune(
         int | None, typer.Option(min=1, help="Windows a forward pass, to save memory.")
     ] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
+    splice: Annotated[
+        int, typer.Option(min=1, help="Put a window together from parts of that many.")
+    ] = 1,
     seed: Seed = 0,
     work_dir: Annotated[
         Path | None, typer.Option(help="Keep the state here, to go on after a kill.")
@@ -65,13 +68,14 @@ def finetune(
       spense finetune ./pruned --teacher ./Llama-3.2-1B --out ./tuned --device cuda
       spense finetune ./pruned --teacher gemma-3-270m --out ./tuned --calibration a.txt --steps 100
       spense finetune ./pruned --teacher ./model --out ./tuned --work-dir ./work --resume
-      spense finetune ./pruned --teacher ./model --out ./tuned --device cuda --minutes 2
+      spense finetune ./pruned --teacher ./model --out ./tuned --device cuda --minutes 2 --splice 4
     """
     from spense_kernels.finetune import FinetuneConfig
 
     config = FinetuneConfig(
-        steps=steps, minutes=minutes, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed
-    )
+        steps=steps, minutes=minutes, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed,
+        splice=splice,
+    )  # fmt: skip
     device = check_device(device)
     check_replaceable(new_directory(out, force))
     if resume and work_dir is None:
