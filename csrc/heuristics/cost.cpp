@@ -30,9 +30,9 @@ static_assert(std::size(kCosts) == kInstances, "every instance has its costs");
 // Of the device, by the same fit: the rates that its limits seem to have in this formula.
 constexpr double kDramBytesPerUs = 3.283e6, kL2BytesPerUs = 11.799e6, kLaunchUs = 1.316;
 constexpr double kStreamLaunch = 1.677;  // a stream-K launch against another
-constexpr double kDenseUnit = 0.711;    // time of a dense unit against a sparse one
+constexpr double kDenseUnit = 0.711;     // time of a dense unit against a sparse one
 constexpr double kExponent = 2.324;      // how the limits add up: 1 would be one after another
-constexpr double kTail = 0.849;           // how far a round of whole tiles by tickets counts as full
+constexpr double kTail = 0.849;          // how far a round of whole tiles by tickets counts as full
 constexpr double kL2Bytes = 40e6, kReread = 0.329;  // cut tiles read again what L2 does not hold
 
 const Cost& cost(const GemmConfig& config) {

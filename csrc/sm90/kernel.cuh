@@ -154,7 +154,8 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
 }
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, T::kShares ? 2 : 1) hybrid_gemm(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(T::kThreads, T::kShares ? 2 : 1)
+    hybrid_gemm(const __grid_constant__ Params p) {
   const uint32_t smem = ptx::dynamic_smem();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const WarpRole role = warp < 8    ? WarpRole::kConsumer
