@@ -37,12 +37,14 @@ def steps(out: Path, archs: str) -> list[Step]:
     sweep = [python, "bench/gemm_sweep.py"]
     here = {"SPENSE_CUDA_ARCHS": archs, "SPENSE_REQUIRE_CUDA": "1"}
     without = here | {"SPENSE_SM100_DRAIN": "0"}
+    sanitize = [python, "bench/sanitize.py", "--limit-s", "1200"]
+    sanitize += ["--json", str(out / "sanitize.json")]
     return [
         Step("device", ["nvidia-smi", "-q"], {}),
         Step("build", build, here),
         Step("env", [python, "-m", "spense_kernels.cli", "env"], {}),
         Step("tests", tests, here),
-        Step("sanitize", [python, "bench/sanitize.py"], {}),
+        Step("sanitize", sanitize, {}),
         Step("sweep", [*sweep, "--json", str(out / "sweep.json")], {}),
         Step("configs", [*sweep, "--configs", "all", "--json", str(out / "configs.json")], {}),
         Step("build_without_drain", build, without),

@@ -8,7 +8,8 @@
 Weights and cache are random, of the real shapes, all layers. What does not fit the card is named
 and left out. Every run times the dense model first, so that speed-ups compare what ran on one warm
 card, and chooses the attention once for all kinds of linear layers. The file is written after every
-point.
+point. The parts are timed alone, so they lack what kernels that follow one another cost or save;
+`--timeline` shows that.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from decoding import timeline
 from decoding.attention import Attention, fastest
 from decoding.linears import KINDS, factory
 from decoding.models import MODELS, ModelShape
 from decoding.results import HEADER, Results, line
 from decoding.step import PARTS, Cache, Step, Weights
 from gemm.machine import clocks, machine
-from gemm.timing import Recorder
+from gemm.timing import Recorder, Recording
 
 CACHES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 GIB = 1 << 30
@@ -49,6 +51,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try things")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--no-parts", action="store_true", help="leave the breakdown out")
+    parser.add_argument(
+        "--timeline", action="store_true", help="what every kernel adds, and a trace of a layer"
+    )
     parser.add_argument(
         "--seconds", type=float, default=0.15, help="replays of one step, or part, go on so long"
     )
@@ -188,7 +193,9 @@ class Runner:
         seconds = self.args.seconds * (2 if len(recordings) > 1 else 1) if cuda else 0
         times = self.recorder.measure(recordings, seconds)
         ms = times["whole"]["us"] / 1e3
+        adds = self._timeline(step, recordings["whole"]) if self.args.timeline else {}
         return {
+            **adds,
             "ms": round(ms, 4),
             "spread": times["whole"]["spread"],
             "tokens_per_s": round(batch * tokens / ms * 1e3, 1),
@@ -196,6 +203,18 @@ class Runner:
             "attention": name,
             "peak_gib": round(torch.cuda.max_memory_allocated(device) / GIB, 2) if cuda else 0.0,
         }
+
+    def _timeline(self, step: Step, whole: Recording) -> dict:
+        """Prints both views of decoding.timeline; {"adds_us": ...} of the first."""
+        adds = timeline.marginal(self.recorder, step, self.args.seconds * 2)
+        print("  us a layer:", ", ".join(f"{name} {us}" for name, us in adds.items()), flush=True)
+        if self.device.type == "cuda":
+            try:
+                found = timeline.places(timeline.trace(whole.replay))
+                print("\n".join(timeline.table(found)), flush=True)
+            except (RuntimeError, ValueError) as fault:  # profilers are not allowed everywhere
+                print(f"  no trace: {fault}", flush=True)
+        return {"adds_us": adds}
 
     def _failed(self, where: str, fault: RuntimeError) -> None:
         """The others are timed all the same; the exit code tells."""

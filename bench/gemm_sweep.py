@@ -6,6 +6,7 @@
     python bench/gemm_sweep.py --m 1,16 --layers qwen3-32b.o 7168x2048 --dense 0,0.25
     python bench/gemm_sweep.py --m 2048,8192 --merge bench/results/gemm_h100.json
     python bench/gemm_sweep.py --configs all --m 1,2,3,8 --json configs.json   # every configuration
+    python bench/gemm_sweep.py --grid smooth                   # the same on a named set of problems
 
 Every time is a median over replays of a CUDA graph that holds nothing but the launches, rivals in
 turn in the same run, weights rotated over copies that exceed the L2 several times, random FP8
@@ -15,25 +16,26 @@ data. A model's line is its four layers back to back in one graph. bench/README.
 from __future__ import annotations
 
 import argparse
-import re
+import itertools
+import sys
 import time
 from pathlib import Path
 
 import torch
-from gemm import ceiling, report, targets
+from gemm import ceiling, regret, report, targets
+from gemm.choices import Choices, launches
+from gemm.lost import DeviceLost, avoided, start_anew
 from gemm.machine import clocks, machine, short_name
 from gemm.rivals import Spense, hinted
-from gemm.shapes import MODELS, TOKENS, Layer, is_model, parse_layers
-from gemm.timing import Recorder, rotation
+from gemm.shapes import GRIDS, MODELS, TOKENS, Layer, is_model, parse_layers
+from gemm.timing import BLOCK_S, BLOCKS, Recorder, rotation
 from gemm.workload import RIVALS, Workload
 
 from spense_kernels.testing.configs import gemm_configs
 
 RESULTS = Path(__file__).resolve().parent / "results"
+SETTLED_TOKENS = 256  # from here on products draw so much power that the clock depends on them
 GRAPH_US = 800  # a recording lasts at least about so long
-CONFIG_GRAPH_US = 250
-MOST_TOKEN_TILES, FAR_BEHIND = 16, 1.8  # of a configuration that may be the fastest
-MAX_LAUNCHES = 256  # of a recording
 SETUP_SECONDS = 0.15  # of one point: recording, cuSPARSELt's search
 
 
@@ -45,13 +47,14 @@ class Sweep:
         self.device = torch.device(args.device)
         self.recorder = Recorder(self.device)
         self.run = run = machine(self.device, args.commit)
-        if self.device.type == "cuda":
-            run["read_bytes_per_second"] = ceiling.read_rate(self.recorder)
         name = run["device"]["name"]
-        self.rate = ceiling.READ_BYTES_PER_SECOND.get(name, run.get("read_bytes_per_second", 1e11))
+        if self.device.type == "cuda" and not args.configs:
+            run["read_bytes_per_second"] = ceiling.read_rate(self.recorder)
+        self.rate = ceiling.READ_BYTES_PER_SECOND.get(name, run.get("read_bytes_per_second", 1e12))
         run["floor_bytes_per_second"] = self.rate
         self.results = report.Results(run, args.merge)
-        self.file = args.json or RESULTS / f"gemm_{short_name(name, self.device)}.json"
+        kind = f"configs_{args.grid}" if args.grid else "gemm"
+        self.file = args.json or RESULTS / f"{kind}_{short_name(name, self.device)}.json"
         measured = run.get("read_bytes_per_second", 0) / 1e12
         print(
             f"{name}, commit {run['commit']}, torch {run['versions']['torch']}; copy kernel "
@@ -59,29 +62,36 @@ class Sweep:
         )
         self.start = time.perf_counter()
 
-    def launches(self, floor_us: float, us: float) -> int:
-        """Launches that take about `us`; one where only the logic is tried."""
-        return min(round(us / floor_us), MAX_LAUNCHES) if self.device.type == "cuda" else 1
-
     def out_of_time(self) -> bool:
         return time.perf_counter() - self.start > self.args.budget_s
 
-    def estimate(self, groups: list[tuple[Layer, ...]]) -> float:
-        points = sum(len(layers) + is_model(layers) for layers in groups)
-        return (
-            points * len(self.args.m) * len(self.args.dense) * (self.args.seconds + SETUP_SECONDS)
-        )
+    def estimate(self, groups: list[tuple[Layer, ...]], workloads: list[list[Workload]]) -> float:
+        """Rough seconds of all points."""
+        seconds = 0.0
+        for d in self.args.dense:
+            for layers, of_group in zip(groups, workloads, strict=True):
+                of_group[0].set_dense(d)
+                for m in self.args.m:
+                    rivals = len(of_group[0].meant(m))
+                    long = m >= SETTLED_TOKENS and self.device.type == "cuda"
+                    one = rivals * BLOCKS * BLOCK_S if long else self.args.seconds
+                    seconds += (len(layers) + is_model(layers)) * (one + SETUP_SECONDS)
+        return seconds
 
     def rivals(self, groups: list[tuple[Layer, ...]]) -> None:
-        print(f"about {self.estimate(groups):.0f} s\n{report.HEADER}", flush=True)
         done, left = [], 0
         workloads = [[self._workload(layer) for layer in layers] for layers in groups]
+        print(f"about {self.estimate(groups, workloads):.0f} s\n{report.HEADER}", flush=True)
         self.run["missing"] = {w.layer.label: w.missing for of in workloads for w in of}
+        self.run["avoided"] = self.args.avoid
         for d in self.args.dense:
             for workload in (w for of_group in workloads for w in of_group):
                 workload.set_dense(d)
             for m in self.args.m:
                 for layers, of_group in zip(groups, workloads, strict=True):
+                    if there := self._done(layers, d, m):
+                        done += there
+                        continue
                     if self.out_of_time():
                         left += 1
                         continue
@@ -95,7 +105,31 @@ class Sweep:
         print(f"\nspeed-up over cuBLASLt FP8\n{report.summary(done)}\n\n{targets.verdict(done)}")
 
     def _workload(self, layer: Layer) -> Workload:
-        return Workload(layer, self.recorder, self.args.only, self.args.every_rival)
+        args = self.args
+        return Workload(layer, self.recorder, args.only, args.every_rival, args.avoid)
+
+    def _done(self, layers: tuple[Layer, ...], d: float, m: int) -> list[dict]:
+        """The points of a group that the sweep had timed before it started anew."""
+        if self.args.resume is None:
+            return []
+        here = [p for p in self.results.points if p["run"] >= self.args.resume]
+        here = [p for p in here if (p["m"], p["dense"]) == (m, d)]
+        labels = {layer.label for layer in layers}
+        found = [p for p in here if p["layer"] in labels or p["layer"] == layers[0].group]
+        return found if len(found) == len(layers) + is_model(layers) else []
+
+    def start_anew(self, lost: DeviceLost) -> None:
+        """Goes on in a fresh process, from what the file holds, without what broke the GPU."""
+        first = self.results.run if self.args.resume is None else self.args.resume
+        avoid = avoided(self.args.avoid, lost.causes)
+        if set(avoid) == set(self.args.avoid):
+            raise lost  # that was not it
+        print(f"{lost}; starting anew without {', '.join(avoid)}", flush=True)
+        self.results.write(self.file)
+        left = self.args.budget_s - (time.perf_counter() - self.start)
+        words = ["--merge", self.file, "--json", self.file, "--resume", first]
+        words += ["--budget-s", round(left, 1), "--avoid", *avoid]
+        start_anew([*sys.argv[1:], *map(str, words)])
 
     def _point(self, layers, workloads: list[Workload], d: float, m: int) -> list[dict]:
         """One line for each layer, and for a whole model one of its layers back to back."""
@@ -105,7 +139,9 @@ class Sweep:
             floor = ceiling.floor_us(layer, split, m, self.rate)
             calls.append(workload.calls(m))
             turns = {
-                name: self._in_turn(name, rotation(of_rival, self.launches(floor, GRAPH_US)))
+                name: self._in_turn(
+                    name, rotation(of_rival, launches(self.recorder, floor, GRAPH_US))
+                )
                 for name, of_rival in calls[-1].items()
             }
             facts = {"n": layer.n, "k": layer.k, "packed_bytes": split.packed_bytes}
@@ -129,7 +165,7 @@ class Sweep:
     def _model(self, workloads: list[Workload], points: list[dict], calls: list[dict]) -> dict:
         first = points[0]
         total = {key: sum(p[key] for p in points) for key in ("floor_us", "flops", "bytes")}
-        passes = max(1, self.launches(total["floor_us"], GRAPH_US))
+        passes = launches(self.recorder, total["floor_us"], GRAPH_US)
         names = set.intersection(*(set(p["times"]) for p in points))
         chains = {
             name: self._in_turn(
@@ -160,11 +196,19 @@ class Sweep:
             try:
                 recordings[name] = self.recorder.record(turn, passes[name])
             except RuntimeError as problem:
+                workloads[0].check()
                 if name == "spense":
                     raise
                 for workload in workloads:
                     workload.give_up(name, m, problem)
-        return self.recorder.measure(recordings, self.args.seconds)
+        try:
+            if m >= SETTLED_TOKENS:
+                return self.recorder.measure_settled(recordings)
+            return self.recorder.measure(recordings, self.args.seconds)
+        except RuntimeError:
+            for workload in workloads:
+                workload.check()
+            raise
 
     def _report(self, point: dict) -> None:
         self.results.add_point(point)
@@ -175,57 +219,27 @@ class Sweep:
         if self.args.configs != ["all"]:
             names = self.args.configs
         print(f"configurations: {', '.join(names)}", flush=True)
-        worst = []
-        for layer in (layer for layers in groups for layer in layers):
-            for d in self.args.dense:
-                spense = Spense(layer, d, self.device)
-                for m in self.args.m:
-                    if not self.out_of_time():
-                        worst.append(self._configs_of(spense, d, m, names))
-                self.results.write(self.file)
-        worst.sort(reverse=True)
-        print(f"regret: mean {sum(worst) / max(1, len(worst)):.2%}, worst {worst[:5]}")
-
-    def _configs_of(self, spense: Spense, d: float, m: int, names: list[str]) -> float:
-        layer = spense.layer
-        floor = ceiling.floor_us(layer, spense.split, m, self.rate)
-        recordings = {}
-        for name, calls in self._contenders(spense, m, names).items():
-            turn = rotation(calls, self.launches(floor, CONFIG_GRAPH_US))
-            try:
-                recordings[name] = self.recorder.record(turn, len(turn))
-            except RuntimeError as problem:
-                print(f"{layer.label}, M = {m}: not {name}: {problem!s:.200}")
-        times = self.recorder.measure(recordings, seconds=0, min_rounds=5)
-        shape = {"layer": layer.label, "n": layer.n, "k": layer.k, "m": m, "dense": d}
-        for name, summary in times.items():
-            facts = {"packed_bytes": spense.split.packed_bytes, "config": name}
-            self.results.add_config(shape | facts | summary)
-        text, regret = report.regret_line(layer.label, m, d, times)
-        print(text, flush=True)
-        return regret
-
-    def _contenders(self, spense: Spense, m: int, names: list[str]) -> dict[str, list]:
-        """The op's choice and every configuration but those that are far behind at once."""
-        names = [name for name in names if m <= MOST_TOKEN_TILES * (token_tile(name) or m)]
-        found = {"auto": spense.calls(m)} | {name: spense.calls(m, name) for name in names}
-        if self.device.type == "cpu":
-            return found
-        for calls in found.values():
-            calls[0]()
-        times = self.recorder.quick([calls[:1] for calls in found.values()])
-        least = min(times)
-        return {
-            name: calls
-            for (name, calls), us in zip(found.items(), times, strict=True)
-            if name == "auto" or us < FAR_BEHIND * least
-        }
-
-
-def token_tile(name: str) -> int | None:
-    """128 of t128x128_c1k1_s5x6_f:whole; None for a name of another kind."""
-    match = re.match(r"t\d+x(\d+)_", name)
-    return int(match[1]) if match else None
+        choices, left = Choices(self.recorder, names, self.rate), 0
+        for layers, d in itertools.product(groups, self.args.dense):
+            of_group = [Spense(layer, d, self.device) for layer in layers]
+            model = of_group if is_model(layers) else []
+            for spense, m in itertools.product(of_group, self.args.m):
+                if self.out_of_time():
+                    left += 1
+                    continue
+                layer = spense.layer
+                shape = {"layer": layer.label, "n": layer.n, "k": layer.k, "dense": d}
+                shape["packed_bytes"] = spense.split.packed_bytes
+                # Larger products fill the device, and differences of passes drown in their noise.
+                among = model if m < SETTLED_TOKENS else []
+                for name, times in choices.measure(spense, m, among).items():
+                    self.results.add_config(shape | {"m": m, "config": name} | times)
+            self.results.write(self.file)
+        if left:
+            print(f"--budget-s: left out {left} problems")
+        self.run["clocks_end"] = clocks(self.device)
+        self.results.write(self.file)
+        print(regret.summary(regret.points(self.results.body())))
 
 
 def numbers(kind: type):
@@ -242,17 +256,26 @@ def main() -> None:
     add("--dense", type=numbers(float), default=[0.25], help="dense fractions, as 0,0.25,1")
     add("--only", type=numbers(str), default=list(RIVALS), help="rivals, as spense,cublas_tensor")
     add("--configs", type=numbers(str), help="time configurations instead: all, or their names")
+    add("--grid", choices=list(GRIDS), help="--configs all on these --layers, --m and --dense")
     add("--seconds", type=float, default=0.08, help="replays of one line last about so long")
     add("--budget-s", type=float, default=560, help="start no new line after so many seconds")
     add("--every-rival", action="store_true", help="all rivals at every dense fraction")
+    add("--avoid", nargs="*", default=[], help="of cuSPARSELt: NxK or NxK:ALGORITHM")
+    add("--resume", type=int, help="keep the points of the file's runs from this number on")
     add("--merge", type=Path, nargs="+", default=[], help="result files to start from")
-    add("--json", type=Path, help="where to write; by default bench/results/gemm_<device>.json")
+    add("--json", type=Path, help="where to write; by default in bench/results")
     add("--commit", help="what was built, where git cannot tell")
     add("--device", default="cuda", help="cpu tries the logic")
     args = parser.parse_args()
+    if args.grid:
+        vars(args).update(vars(GRIDS[args.grid]))
+        args.configs = args.configs or ["all"]
     torch.manual_seed(0)
     sweep = Sweep(args)
-    (sweep.configs if args.configs else sweep.rivals)(parse_layers(args.layers))
+    try:
+        (sweep.configs if args.configs else sweep.rivals)(parse_layers(args.layers))
+    except DeviceLost as lost:
+        sweep.start_anew(lost)
     print(f"{time.perf_counter() - sweep.start:.0f} s; wrote {sweep.file}")
 
 

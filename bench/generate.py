@@ -3,6 +3,9 @@
 
     python bench/generate.py --model qwen3-32b --batch 1 16 --out bench/results/generate.json
 
+Compiling all layers takes minutes on one core, for every kind and batch; `--layers` and
+`--stop-after` bound it. The file is written after every point.
+
 The model is transformers' own class with random weights. "spense" has SpenseLinear layers, fused as
 loading onto CUDA fuses them; "dense" has FP8 layers that quantise x a row at a time and call
 torch._scaled_mm, compiled with the rest of the model (what torchao's dynamic FP8 comes down to).
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +25,7 @@ import transformers
 from decoding.models import MODELS, ModelShape
 from gemm.machine import machine
 from gemm.operands import random_fp8
+from gemm.report import write_points
 from torch import Tensor, nn
 
 from spense_kernels import SpenseLinear, neighbours
@@ -37,6 +41,7 @@ CLASSES = {
 }
 FP8 = torch.float8_e4m3fn
 SHORT, LONG = 16, 80  # new tokens of two runs; their difference leaves prompt and overhead out
+REPEATS = 3
 SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
@@ -157,13 +162,16 @@ def seconds_of(model: nn.Module, prompt: Tensor, new_tokens: int, static: bool) 
 
 
 def measure(model: nn.Module, batch: int, context: int, device: torch.device) -> dict:
+    """Of a model that has not generated since the last `forget`."""
     vocabulary = model.config.vocab_size
     prompt = torch.randint(3, vocabulary, (batch, context), device=device)
     static = device.type == "cuda"
-    # The first compiles, the second captures.
-    first, _ = (seconds_of(model, prompt, LONG, static) for _ in range(2))
+    # The first compiles and captures; every later one captures anew, as it has a cache of its own.
+    first = seconds_of(model, prompt, LONG, static)
+    print(f"  first call {first:.1f} s", flush=True)
     short, long = (
-        min(seconds_of(model, prompt, count, static) for _ in range(3)) for count in (SHORT, LONG)
+        min(seconds_of(model, prompt, count, static) for _ in range(REPEATS))
+        for count in (SHORT, LONG)
     )
     ms = (long - short) / (LONG - SHORT) * 1e3
     return {
@@ -174,7 +182,15 @@ def measure(model: nn.Module, batch: int, context: int, device: torch.device) ->
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
+def forget(device: torch.device) -> None:
+    """Drops compiled code: for another batch size it would be compiled with that size unknown."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="qwen3-32b", choices=CLASSES)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
@@ -183,43 +199,59 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--stop-after", type=float, help="seconds after which no point begins")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
+    start = time.perf_counter()
     device = torch.device(args.device)
     shape = MODELS[args.model]
     shape = replace(shape, layers=args.layers or shape.layers)
     run = machine(device) | {"transformers": transformers.__version__}
     points: list[dict] = []
+    failures = 0
+
+    def late(what: str) -> bool:
+        over = args.stop_after is not None and time.perf_counter() - start > args.stop_after
+        if over:
+            print(f"{shape.name} {what}: left out, time is up", flush=True)
+        return over
+
     for kind in sorted(args.kinds, key=KINDS.index):
+        if late(kind):
+            continue
         model = build(shape, kind, args.dense, device)
+        print(f"{shape.name} {kind}: built, {time.perf_counter() - start:.1f} s", flush=True)
         for batch in args.batch:
+            where = f"{kind:<7} batch {batch:>3}, context {args.context}"
+            if late(where):
+                continue
             point = {"model": shape.name, "layers": shape.layers, "kind": kind, "batch": batch}
             point |= {"dense": args.dense if kind == "spense" else None, "context": args.context}
-            point |= measure(model, batch, args.context, device)
+            try:
+                point |= measure(model, batch, args.context, device)
+            except RuntimeError as fault:  # the others are timed all the same
+                failures += 1
+                lines = str(fault).strip().splitlines() or [type(fault).__name__]
+                print(f"{shape.name} {where}: FAILED: {lines[0]}", flush=True)
+                continue
+            finally:
+                forget(device)
             rival = [p for p in points if p["kind"] == "dense" and p["batch"] == batch]
             ratio = f"{rival[0]['ms'] / point['ms']:.3f}x" if rival else ""
             points.append(point)
             if args.out:
-                write(args.out, run, points)
+                write_points(args.out, run, points)
             print(
-                f"{shape.name} {kind:<7} batch {batch:>3}, context {args.context}: "
-                f"{point['ms']:8.3f} ms/token {point['tokens_per_s']:9.1f} tokens/s {ratio} "
+                f"{shape.name} {where}: {point['ms']:8.3f} ms/token "
+                f"{point['tokens_per_s']:9.1f} tokens/s {ratio} "
                 f"(first call {point['first_call_s']:.0f} s)",
                 flush=True,
             )
         del model
-        torch.compiler.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def write(path: Path, run: dict, points: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(json.dumps(point) for point in points)
-    path.write_text(f'{{"run": {json.dumps(run)},\n"points": [\n{rows}\n]}}\n')
+        forget(device)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

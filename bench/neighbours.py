@@ -11,16 +11,16 @@ same bytes in the same way.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from gemm.ceiling import RINGS, _launch
+from gemm.copy_stream import RINGS, copy_stream
 from gemm.machine import machine
 from gemm.operands import reuse_bytes
+from gemm.report import write_points
 from gemm.timing import Recorder
 from torch import Tensor
 
@@ -100,7 +100,7 @@ def copies_of(op: Op, m: int, ring: str, device: torch.device) -> list[Callable[
     made = []
     for _ in range(count):
         source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes)
-        made.append(partial(_launch, RINGS[ring], source, none, target))
+        made.append(partial(copy_stream, RINGS[ring], source, none, target))
     return made
 
 
@@ -151,13 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
                 points.append(measure(op, m, recorder))
                 print(line(points[-1]), flush=True)
             if args.out:
-                write(args.out, run, points)
-
-
-def write(path: Path, run: dict, points: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(json.dumps(point) for point in points)
-    path.write_text(f'{{"run": {json.dumps(run)},\n"points": [\n{rows}\n]}}\n')
+                write_points(args.out, run, points)
 
 
 if __name__ == "__main__":

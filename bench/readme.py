@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from decoding.tables import decode_table
-from gemm import tables
+from gemm import counter_table, regret, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -117,6 +117,15 @@ def gemm_table(gemm: dict) -> str:
     )
 
 
+def counters_table(counted: dict) -> str:
+    """The counters beside the sweep that stands in docs/performance.md."""
+    return counter_table.table(counted, json.loads((RESULTS / "gemm_h100.json").read_text()))
+
+
+def beside_h100(h200: dict) -> str:
+    return tables.beside(json.loads((RESULTS / "gemm_h100.json").read_text()), h200)
+
+
 # page -> marker -> (result file, what makes the table)
 PAGES = {
     "README.md": {
@@ -127,9 +136,13 @@ PAGES = {
     },
     "docs/performance.md": {
         "h100": (RESULTS / "gemm_h100.json", tables.full_tables),
+        "beside": (RESULTS / "gemm_h200.json", beside_h100),
         "h200": (RESULTS / "gemm_h200.json", tables.full_tables),
+        "unseen": (RESULTS / "configs_unseen_h100.json", regret.by_layer),
+        "smooth": (RESULTS / "configs_smooth_h100.json", regret.by_layer),
         "decode": (RESULTS / "decode.json", decode_table),
     },
+    "docs/sm90.md": {"counters": (RESULTS / "counters_h100.json", counters_table)},
 }
 
 

@@ -15,14 +15,15 @@ import neighbours
 import pytest
 import torch
 import torch.nn.functional as F
-from decoding import attention, results, tables
+from decoding import attention, results, tables, timeline
 from decoding.linears import Dense, Spense, factory
 from decoding.models import MODELS, QWEN3_32B, SEED_OSS_36B, TINY
-from decoding.step import PARTS, Cache, Step, Weights
+from decoding.step import IN_A_LAYER, PARTS, Cache, Step, Weights
 from gemm import shapes
 from gemm.timing import Recorder
 from tiny_model import save_tiny as save_tiny_model
 from tiny_model import write_text
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spense_kernels import SpenseConfig
@@ -30,6 +31,16 @@ from spense_kernels.checkpoint import save_checkpoint
 from spense_kernels.fusion import FusedPart
 
 CPU = torch.device("cpu")
+
+
+class OpCalls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += 1
+        return op(*args, **(kwargs or {}))
 
 
 def make(kind: str, d: float | None = None):
@@ -246,6 +257,40 @@ def test_the_neighbours_are_timed(tmp_path, monkeypatch):
         assert point["gb_per_s"] == pytest.approx(moved / point["us"] / 1e3, abs=0.1)
 
 
+def test_a_layer_of_a_trace():
+    """Kernels that overlap count from the end of all before them; other layers do not count."""
+    spans, now = [], 0.0
+    for replay in range(3):
+        spans.append(timeline.Span("embedding", now, now + 1))
+        now += 2
+        for _ in range(5):
+            for name, us, gap in (("_heads_kernel", 3, 1), ("attention", 10, -1), ("gemm", 5, 2)):
+                spans.append(timeline.Span(name, now + gap, now + gap + us))
+                now += gap + us
+        spans.append(timeline.Span("head", now, now + 7 + replay))
+        now += 20
+    found = timeline.places(spans)
+    assert [place.name for place in found] == ["_heads_kernel", "attention", "gemm"]
+    assert [(p.us, p.gap, p.advance) for p in found] == [(3, 1, 4), (10, -1, 9), (5, 2, 7)]
+    assert timeline.table(found)[-1].split()[0] == "20.00"
+    with pytest.raises(ValueError, match="no two kernels"):
+        timeline.places(spans[:3])
+
+
+def test_kernels_can_be_left_out_one_by_one():
+    """Every kernel of a layer has a name, and a step without it is a step without its op."""
+    step = step_of(2, 16)
+    step.run()
+    counts = {}
+    for name in (None, *IN_A_LAYER):
+        with OpCalls() as calls:
+            step.run(without=(name,))
+        counts[name] = calls.count
+    assert all(counts[name] < counts[None] for name in IN_A_LAYER), counts
+    added = timeline.marginal(Recorder(CPU), step, 0.0)
+    assert list(added) == list(IN_A_LAYER)
+
+
 def test_generate_times_whole_models(tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "SHORT", 1)
     monkeypatch.setattr(generate, "LONG", 3)
@@ -253,6 +298,9 @@ def test_generate_times_whole_models(tmp_path, monkeypatch):
     generate.main(f"--model tiny --device cpu --batch 2 --context 5 --layers 1 --out {out}".split())
     points = json.loads(out.read_text())["points"]
     assert [point["kind"] for point in points] == ["dense", "spense"]
+    late = f"--model tiny --device cpu --stop-after 0 --out {tmp_path / 'late.json'}"
+    assert generate.main(late.split()) == 0
+    assert not (tmp_path / "late.json").exists()
     model = generate.build(replace(TINY, layers=1), "spense", 0.25, CPU)
     assert type(model.model.layers[0]).__name__ == "FusedQwen3DecoderLayer"
     assert isinstance(model.model.layers[0].self_attn.k_proj, FusedPart)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -90,6 +92,66 @@ def test_points_are_written_and_merged(run, tmp_path):
     }
 
 
+def test_a_sweep_goes_on_after_a_library_broke_the_gpu(run, tmp_path, monkeypatch):
+    import gemm_sweep
+    from gemm import workload
+    from gemm.lost import DeviceLost
+
+    def breaks(self, m):
+        if m == 8 and "300x640" not in self.avoid:
+            raise DeviceLost(["300x640:7"] if not self.avoid else ["300x640"])
+        return calls(self, m)
+
+    def anew(arguments):
+        raise Restart(arguments)
+
+    class Restart(Exception):
+        pass
+
+    calls = workload.Workload.calls
+    monkeypatch.setattr(workload.Workload, "calls", breaks)
+    monkeypatch.setattr(gemm_sweep, "start_anew", anew)
+    file = tmp_path / "sweep.json"
+    words = [*ON_CPU, "--layers", "300x640", "--m", "1,8,16", "--json", file]
+    for avoid in (["300x640:7"], ["300x640:7", "300x640"]):
+        with pytest.raises(Restart) as stopped:
+            run("gemm_sweep", *words)
+        words = stopped.value.args[0]
+        assert words[-len(avoid) - 1 :] == ["--avoid", *avoid]
+    run("gemm_sweep", *words)
+    result = json.loads(file.read_text())
+    assert [(p["m"], p["run"]) for p in result["points"]] == [(1, 0), (8, 2), (16, 2)]
+    assert result["runs"][2]["avoided"] == avoid
+
+
+def test_what_breaks_the_gpu_again_and_again_is_left_out():
+    from gemm.lost import avoided
+    from gemm.rivals import CusparseLt
+    from gemm.shapes import Layer
+
+    assert avoided(["4x8:1"], ["4x8:2"]) == ["4x8:1", "4x8:2"]
+    assert avoided(["4x8:1", "4x8:2"], ["4x8:3"]) == ["4x8:1", "4x8:2", "4x8:3", "4x8"]
+    assert avoided(["4x8:1", "4x8:2"], ["4x16:3"]) == ["4x8:1", "4x8:2", "4x16:3"]
+    with pytest.raises(RuntimeError, match="broke the GPU"):
+        CusparseLt(Layer("", "", 4, 16), CPU, quick=len, columns=8, avoid=["4x8"])
+
+
+def test_a_program_starts_anew_in_its_own_place(tmp_path):
+    program = tmp_path / "again.py"
+    program.write_text(
+        "import sys\nfrom gemm.lost import start_anew\nprint(sys.argv[1:])\n"
+        "start_anew([*sys.argv[1:], 'b']) if len(sys.argv) < 3 else sys.exit(5)\n"
+    )
+    paths = os.pathsep.join([str(BENCH), str(BENCH.parent)])
+    done = subprocess.run(
+        [sys.executable, program, "a"],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.returncode) == ("['a']\n['a', 'b']\n", 5), done.stderr
+
+
 def test_a_model_has_a_line_for_its_layers_together():
     from gemm.shapes import MODELS, is_model, parse_layers
 
@@ -108,6 +170,67 @@ def test_every_configuration_is_timed(run, tmp_path):
     names = [entry["config"] for entry in json.loads(file.read_text())["configs"]]
     assert names[0] == "auto"
     assert {"portable", "reference"} <= set(names)
+
+
+def test_a_named_grid_of_problems(run, tmp_path, monkeypatch):
+    from gemm import shapes
+
+    monkeypatch.setitem(shapes.GRIDS, "smooth", shapes.Grid(["130x256"], [1, 3], [0.0, 0.5]))
+    file = tmp_path / "grid.json"
+    text = run("gemm_sweep", "--device", "cpu", "--grid", "smooth", "--json", file)
+    assert "4 problems: regret mean" in text
+    shapes = {(c["m"], c["dense"]) for c in json.loads(file.read_text())["configs"]}
+    assert shapes == {(1, 0.0), (3, 0.0), (1, 0.5), (3, 0.5)}
+
+
+def invented_configs(dense: list[float]) -> dict:
+    """The choice is the best at M = 1 and 10 % slower than the best at M = 8."""
+    configs = []
+    for d in dense:
+        for m, auto in ((1, 9.9), (8, 11.0)):
+            for name, us in (("auto", auto), ("a:whole", 10.0), ("b:stream", 12.0)):
+                shape = {"layer": "256x512", "m": m, "dense": d, "run": 0}
+                configs.append(shape | {"config": name, "us": us})
+    return {"runs": invented_results()["runs"], "configs": configs}
+
+
+def test_the_regret_of_a_choice():
+    from gemm import regret
+
+    found = regret.points(invented_configs([0.25]))
+    assert [p.best for p in found] == ["auto", "a:whole"]
+    assert [p.regret for p in found] == pytest.approx([0, 0.1])
+    assert "2 problems: regret mean 5.00%, worst 10.0%, 1 above 5%" in regret.summary(found)
+    by_m = regret.by_layer(invented_configs([0.25])).splitlines()
+    assert by_m[0] == "| layer | M = 1 | M = 8 | mean |"
+    assert by_m[2] == "| 256x512 | 0.0% | 10.0% | 5.0% |"
+    several = regret.by_layer(invented_configs([0.0, 0.125]))
+    assert "| layer | 0 % | 12.5 % | mean |" in several
+    assert "| 256x512 | 5.0% / 10.0% | 5.0% / 10.0% | 5.0% |" in several
+    assert "256x512, M = 8, 12.5 % dense 10.0%, `a:whole` is faster" in several
+
+
+def test_a_doubtful_choice_is_timed_again():
+    from gemm.choices import Choices
+    from gemm.rivals import Spense
+    from gemm.shapes import Layer
+    from gemm.timing import Recorder
+
+    class Slow(Recorder):
+        """auto seems 10 % slower than the rest, then is not."""
+
+        def measure(self, recordings, seconds, min_rounds=7):
+            asked.append(set(recordings))
+            late = 11.0 if len(asked) == 1 else 10.0
+            return {name: {"us": late if name == "auto" else 10.0} for name in recordings}
+
+    asked: list[set[str]] = []
+    names = ["avx2", "portable", "reference", "no_such"]
+    times = Choices(Slow(CPU), names, 1e12).measure(Spense(Layer("", "a", 130, 256), 0.25, CPU), 2)
+    assert [len(names) for names in asked] == [len(times), min(4, len(times))]
+    assert "auto" in asked[1]
+    assert "no_such" not in times
+    assert times["auto"]["us"] == 10.0
 
 
 def test_the_quantiser_s_figures(run, tmp_path):
@@ -176,6 +299,22 @@ def test_tables_of_a_result_file():
     assert "a GPU, driver 1.2, torch 3.4, commit 0123456, 2020-01-02." in full
     assert "| gate_up | 51200 x 5120 | 4096 | 10.0 | 20.0 | 40.0 | 13.0 | 14.0 | 15.0 |" in full
     assert full.count("all four") == 6
+
+
+def test_two_devices_beside_one_another():
+    from gemm import tables
+
+    other = invented_results()
+    other["runs"][0]["device"] = {"name": "NVIDIA H200"}
+    for point in other["points"]:
+        point["times"] = point["times"] | {"spense": {"us": 8.0}}
+    lines = tables.beside(invented_results(), other).splitlines()
+    assert lines[0].startswith("| model | M | GPU, ours | H200, ours | ratio | GPU, cuBLASLt |")
+    assert (
+        "| qwen3-32b | 64 | 10.0 us | 8.0 us | 1.25 | 20.0 us | 20.0 us | 1.00 | 2.00x | 2.50x |"
+        in lines
+    )
+    assert len(lines) == 2 + 2 * 3 + 2
 
 
 def test_pictures_of_a_result_file(run, tmp_path):

@@ -20,14 +20,16 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
 
-def attention_error(device: str, splits: int, heads: int, kv_heads: int, dtype) -> float:
+def attention_error(
+    device: str, splits: int, tile: tuple, heads: int, kv_heads: int, dtype
+) -> float:
     from decoding import kernels
     from decoding.attention import widened
 
     size = (3, kv_heads, 256, 64)
     k, v = (torch.randn(size, device=device).to(BF16).to(dtype) for _ in range(2))
     q = torch.randn(3, heads, 1, 64, device=device).to(BF16)
-    got = kernels.attend(splits, q, k, v).float()
+    got = kernels.attend(splits, kernels.Tile(*tile), q, k, v).float()
     wanted = widened(q.float(), k, v)
     return float((got - wanted).norm() / wanted.norm())
 
@@ -59,8 +61,10 @@ def all_errors(device: str) -> dict[str, float]:
     for dtype in (BF16, FP8):
         for splits in (1, 4):
             for heads, kv_heads in ((16, 2), (20, 2), (2, 2)):
-                name = f"attend {dtype} {splits} {heads}/{kv_heads}"
-                found[name] = attention_error(device, splits, heads, kv_heads, dtype)
+                for tile in ((64, 4, 3), (128, 8, 2)):  # 128 is more than a split has
+                    name = f"attend {dtype} {splits} {tile} {heads}/{kv_heads}"
+                    error = attention_error(device, splits, tile, heads, kv_heads, dtype)
+                    found[name] = error
         for tokens in (1, 5):
             for norms in (False, True):
                 errors = stored_errors(device, tokens, norms, dtype)
@@ -73,7 +77,7 @@ def check(found: dict[str, float]) -> None:
     """Weights and results of attention are rounded to bf16, and so is what is stored, or to FP8.
     The interpreter cuts off where a GPU rounds: errors up to 2^-8 and 2^-3, on average half of
     that, in FP8 of the places written alone. (A wrong place would give an error near 1.)"""
-    assert len(found) == 2 * (6 + 12)
+    assert len(found) == 2 * (12 + 12)
     for name, error in found.items():
         assert error < (2.0**-4 if "store torch.float8" in name else 2.0**-7), (name, error)
 

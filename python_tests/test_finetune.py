@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import time
 
 import pytest
 import torch
@@ -183,39 +182,6 @@ def test_resume_takes_the_same_steps(pruned, teacher, tmp_path):
         finetune(student_of(pruned), teacher, WINDOWS[:3], config, work_dir=tmp_path)
 
 
-def test_a_time_to_keep_sets_the_steps(pruned, teacher, tmp_path, monkeypatch):
-    """The same steps as a run of that many, after timed ones that leave no trace."""
-    taken = []
-    real = train._Run._step
-
-    def slow(self, step, lr):
-        taken.append(lr)
-        time.sleep(0.1)
-        return real(self, step, lr)
-
-    monkeypatch.setattr(train._Run, "_step", slow)
-    config = FinetuneConfig(steps=1, batch=2, lr=1e-3, save_every=2)
-    timed = student_of(pruned)
-    report = finetune(timed, teacher, WINDOWS, config, max_seconds=2.5, work_dir=tmp_path)
-    steps, probe = report.config.steps, train.WARM_STEPS + train.TIMED_STEPS
-    assert 3 <= steps <= (2.5 - 0.1 * probe) / 0.1
-    assert len(report.losses) == steps
-    assert report.config.warmup == steps // 5
-    assert taken[:probe] == [0.0] * probe
-    assert taken[probe:] == [1e-3 * report.config.share(step) for step in range(steps)]
-    assert taken[-1] < 0.3e-3  # the schedule is not cut
-    straight = student_of(pruned)
-    finetune(straight, teacher, WINDOWS, report.config)
-    other = student_layers(straight)
-    for name, layer in student_layers(timed).items():
-        assert torch.equal(layer.weight, other[name].weight), name
-    again = finetune(student_of(pruned), teacher, WINDOWS, config, max_seconds=2.5,
-                     work_dir=tmp_path)  # fmt: skip
-    assert again.first_step == again.config.steps == steps
-    with pytest.raises(PruneError, match="max_seconds"):
-        finetune(student_of(pruned), teacher, WINDOWS, config, max_seconds=0.0)
-
-
 def test_bad_input(pruned, teacher):
     with pytest.raises(PruneError, match="SpenseLinear"):
         make_student(shallow_clone(teacher))
@@ -224,7 +190,8 @@ def test_bad_input(pruned, teacher):
     with pytest.raises(PruneError, match="calibration must be int64"):
         finetune(student_of(pruned), teacher, WINDOWS.float())
     for changes in ({"steps": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"batch": 1.5},
-                    {"micro_batch": 0}, {"lr_end": 2.0}, {"clip": -1.0}):  # fmt: skip
+                    {"micro_batch": 0}, {"lr_end": 2.0}, {"clip": -1.0},
+                    {"splice": 0}, {"noise": 1.0}, {"noise": float("nan")}):  # fmt: skip
         with pytest.raises(PruneError, match="FinetuneConfig"):
             FinetuneConfig(**changes)
 
@@ -235,3 +202,51 @@ def test_a_loss_that_is_no_number_is_an_error(pruned, teacher):
         next(iter(student_layers(student).values())).weight.fill_(float("nan"))
     with pytest.raises(SpenseError, match="the loss of step 0"):
         finetune(student, teacher, WINDOWS, FinetuneConfig(steps=1, batch=2))
+
+
+class HalfSeconds:
+    """A clock that every step moves by 0.5 s; stands for the time module and for the progress."""
+
+    def __init__(self):
+        self.now, self.stages = 0.0, []
+
+    def monotonic(self):
+        return self.now
+
+    def start(self, stage, total):
+        self.stages.append(total)
+
+    def advance(self, count=None):
+        self.now += 0.5 if count is None else 0.0
+
+    def finish(self):
+        pass
+
+
+def test_minutes_become_the_steps_that_fit(pruned, teacher, tmp_path, monkeypatch):
+    """The schedule ends with the run, in the time asked for; a second call has nothing left."""
+    clock = HalfSeconds()
+    monkeypatch.setattr(train, "time", clock)
+    config = FinetuneConfig(minutes=6.0 / 60, batch=2, lr=1e-3)
+    options = {"work_dir": tmp_path, "progress": clock}
+    report = finetune(student_of(pruned), teacher, WINDOWS, config, **options)
+    assert len(report.losses) == report.config.steps == clock.stages[-1] == 13
+    assert report.config.warmup == 6
+    assert report.config.share(12) < 0.1
+    assert clock.now == pytest.approx(6.0, abs=0.5)
+    again = finetune(student_of(pruned), teacher, WINDOWS, config, **options)
+    assert again.first_step == again.config.steps == 13
+    assert not again.losses
+    with pytest.raises(PruneError, match="another model"):
+        finetune(student_of(pruned), teacher, WINDOWS, FinetuneConfig(), work_dir=tmp_path)
+
+
+def test_steps_fitted_to_a_time():
+    config = FinetuneConfig(minutes=1.0)
+    assert config.fitted(6, 0.5, 57.0).steps == 120
+    assert config.fitted(6, 0.5, 57.0).warmup == 20
+    assert config.fitted(6, 0.5, 10.0).warmup == 6
+    assert config.fitted(6, 0.5, -1.0).steps == 6
+    for minutes in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(PruneError, match="minutes must be above 0"):
+            FinetuneConfig(minutes=minutes)

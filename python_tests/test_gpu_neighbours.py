@@ -21,8 +21,8 @@ from spense_kernels.testing.numeric import assert_bitwise
 
 EPS = 1e-6
 GATED = {"silu": None, "tanh": "tanh", "none": "none"}  # id -> approximate of the GELU
-# One row and few take a cluster of CTAs, many a CTA each.
-ROWS = [1, 3, 40, 200]
+# One row and few take a cluster of CTAs, many a CTA each, 300 and 2000 several a CTA.
+ROWS = [1, 3, 40, 200, 300, 2000]
 CASES = [
     (torch.bfloat16, k, m) for k in (1, 77, 640, 5120, 8192, 25600, 27648, 60000) for m in ROWS
 ]
@@ -85,6 +85,21 @@ def test_activations_are_within_their_bound(device, dtype, k, m, kind):
         assert quantized_excess(x8, scale, v, GATED_ERROR) <= 0
         padding = x8.as_strided((len(x8), padded_k(k)), (padded_k(k), 1)).view(torch.uint8)
         assert not padding[:, k:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1601, 600])
+@pytest.mark.parametrize("k", [5120, 8192])
+def test_many_rows_of_a_model_have_the_bits_of_the_cpu(k, m):
+    g = generator(k)
+    x = torch.randn(m, k, generator=g).to(torch.bfloat16)
+    weight = torch.randn(k, generator=g).to(torch.bfloat16)
+    gather = torch.randperm(k, generator=g, dtype=torch.int32)
+    there = [t.cuda() for t in (x, x.flip(0), weight, gather)]
+    got = ops.add_rms_norm_quantize(*there, eps=EPS)
+    wanted = ops.add_rms_norm_quantize(x, x.flip(0), weight, gather, eps=EPS)
+    assert_bitwise(got[2].cpu(), wanted[2])
+    compare_rows(got[:2], wanted[:2], k)
 
 
 @all_devices

@@ -211,12 +211,31 @@ def test_columns_in_order_need_no_gather():
     assert (ordered.gather is None) == torch.equal(weight.split.gather(), in_order)
 
 
-@pytest.mark.gpu
+def without_rounding(model: nn.Module) -> nn.Module:
+    """The same weights with activations that stay float32; in place."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SpenseLinear):
+            model.set_submodule(name, layer.dequantize(torch.float32))
+    return model
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("architecture", TINY)
-def test_fused_models_on_a_gpu(architecture):
+def test_fused_models_are_as_near_to_unrounded_activations(architecture, device):
+    """Fused and single layers sum in other orders. That moves values across rounding boundaries of
+    FP8, and each by a whole step: sums that differ by 2^-14 end up in logits that differ by 2 %
+    (Gemma). Which of the two is right cannot be seen there; how far they are from the model whose
+    activations nobody rounds can, and differs by 2 % of that distance."""
     model = pruned(architecture, torch.float32)
-    expected = logits(model)
-    there = neighbours.fuse(copy.deepcopy(model).cuda())
-    with torch.no_grad():
-        got = there(TOKENS.cuda()).logits.float().cpu()
-    assert error(got, expected) < 1e-2
+    exact = logits(without_rounding(copy.deepcopy(model)))
+
+    def distance(model: nn.Module) -> float:
+        with torch.no_grad():
+            return error(model(TOKENS.to(device)).logits.float().cpu(), exact)
+
+    single = distance(model.to(device))
+    fused = neighbours.fuse(model)
+    assert distance(fused) < 1.1 * single
+    for layer in fused.model.layers:  # a fault of a quarter in one factor is noticed
+        layer.input_layernorm.weight.data.mul_(1.25)
+    assert distance(fused) > 1.1 * single

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spense_kernels import ops
 from spense_kernels.layout import padded_k
+from spense_kernels.quant import quantize_fp8_reference
 from spense_kernels.testing.generators import generator
 from spense_kernels.testing.neighbours import GATED_ERROR, gated_float64, quantized_excess
 from spense_kernels.testing.numeric import assert_bitwise
@@ -91,12 +92,21 @@ CASES = [
     Case(2, 1, torch.float32, True, 1),
     Case(2, 127, torch.float16, False, 127),
     Case(1, 5120, torch.bfloat16, True, 5120),
-    Case(2, 8192, torch.bfloat16, True, 8192),  # a cluster of 2
-    Case(1, 25600, torch.bfloat16, True, 25600),  # of 4 and of 8
+    Case(1, 8200, torch.bfloat16, True, 8200),  # clusters of 2 and of 4
+    Case(1, 25600, torch.bfloat16, True, 25600),  # of 4
     Case(1, 25600, torch.bfloat16, False, 25600),
     Case(1, 60000, torch.float32, True, 60000),  # too long for one CTA
     Case(2, 60007, torch.float16, True, 60013, multiprocessors=1),  # and not aligned
     Case(5, 640, torch.bfloat16, True, 643),
+    Case(1, 70000, torch.bfloat16, True, 70000),  # places of a gather in more than 16 bits
+    # CTAs that stay: two rows at a time, four, one long row; as loads and as copies
+    *[Case(9, 650, dtype, True, 656, multiprocessors=1) for dtype in DTYPES],
+    *[Case(22, 650, dtype, True, 656, multiprocessors=1) for dtype in DTYPES],
+    Case(22, 650, torch.bfloat16, True, 651, multiprocessors=1),
+    Case(21, 384, torch.float16, False, 384, multiprocessors=1),
+    Case(14, 5300, torch.bfloat16, True, 5304, multiprocessors=1),
+    Case(3, 9000, torch.float16, True, 9000, multiprocessors=1),
+    Case(4, 17000, torch.bfloat16, True, 17008, multiprocessors=1),
 ]
 
 
@@ -128,6 +138,18 @@ def test_activations_are_within_their_bound(program, tmp_path, case):
         assert quantized_excess(y.view(torch.float8_e4m3fn), scale, v, GATED_ERROR) <= 0
 
 
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, Case(2, 140000, torch.bfloat16, True, 140000)],  # too long for registers
+    ids=lambda c: f"{c.m}x{c.k}-{c.dtype}-{c.gather}",
+)
+def test_quantised_rows_are_the_twins_bit_for_bit(program, tmp_path, case):
+    y, scale, _, _ = case.run(program, tmp_path, "plain", None, 0, False)
+    wanted, wanted_scale = quantize_fp8_reference(case.columns(case.x), case.order)
+    assert_bitwise(scale, wanted_scale)
+    assert_bitwise(y, wanted.view(torch.uint8))
+
+
 def test_clusters_are_taken_where_rows_are_few_and_long(program, tmp_path):
     def cluster(m: int, k: int, what: str, multiprocessors: int) -> str:
         case = Case(m, k, torch.bfloat16, False, k, multiprocessors)
@@ -136,8 +158,8 @@ def test_clusters_are_taken_where_rows_are_few_and_long(program, tmp_path):
 
     assert cluster(1, 25600, "gated", 132) == "cluster 8"
     assert cluster(40, 2048, "gated", 4) == "cluster 1"
-    assert cluster(1, 5120, "norm", 132) == "cluster 1"
-    assert cluster(1, 8192, "norm", 132) == "cluster 2"
+    assert cluster(1, 8192, "norm", 132) == "cluster 1"
+    assert cluster(1, 16384, "norm", 132) == "cluster 2"
 
 
 def test_a_row_that_is_not_finite(program, tmp_path):
@@ -149,17 +171,19 @@ def test_a_row_that_is_not_finite(program, tmp_path):
 
 
 def test_a_wrong_place_in_a_cluster_is_noticed(tmp_path):
-    """The same program, but reads from another CTA of the cluster miss by one column."""
+    """The same program, but bytes for the other CTAs of the cluster miss by 16 columns."""
     sources = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", sources)
-    header = sources / "cuda" / "row_slices.cuh"
+    header = sources / "cuda" / "held_rows.cuh"
     text = header.read_text()
-    wrong = text.replace("static_cast<uint32_t>(column) - owner", "(column ^ 1u) - owner")
+    wrong = text.replace(
+        "remote_address(from, threadIdx.x)", "remote_address(from ^ 16, threadIdx.x)"
+    )
     assert wrong != text
     header.write_text(wrong)
-    case = Case(1, 8192, torch.bfloat16, True, 8192)
+    case = Case(1, 16384, torch.bfloat16, True, 16384)
     program = compile_program(tmp_path, sources)
-    weight = torch.ones(8192)
+    weight = torch.ones(16384)
     y, _, _, _ = case.run(program, tmp_path, "norm", weight, 0, False)
     wanted, _ = ops.rms_norm_quantize(case.columns(case.x), weight, case.order, eps=EPS)
     assert not torch.equal(y, wanted.view(torch.uint8))

@@ -30,6 +30,17 @@ class QuantizedRows(NamedTuple):
     dtype: torch.dtype
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K] with stride 1 in the last dimension."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def quantized(x: Tensor, gather: Tensor | None) -> QuantizedRows:
+    """x [..., K] by `quantize_fp8`."""
+    return QuantizedRows(*ops.quantize_fp8(rows_of(x), gather), tuple(x.shape), x.dtype)
+
+
 class PackedLinear(nn.Module):
     """y = x @ W.T + bias for inference; x is quantised to FP8 per row on the way in.
 
@@ -81,10 +92,7 @@ class PackedLinear(nn.Module):
                 f"got {list(x.shape)}"
             )
         if not isinstance(x, QuantizedRows):
-            rows = x.reshape(-1, self.in_features)
-            if rows.stride(1) != 1:
-                rows = rows.contiguous()
-            x = QuantizedRows(*ops.quantize_fp8(rows, self.gather), tuple(x.shape), x.dtype)
+            x = quantized(x, self.gather)
         following, following_k = self._hint()
         y = ops.hybrid_gemm(
             x.x8,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spense_kernels import ops
 from spense_kernels.fusion import fuse_projections, hooked, unfuse_projections
-from spense_kernels.linear import QuantizedRows, SpenseLinear
+from spense_kernels.linear import QuantizedRows, SpenseLinear, quantized, rows_of
 from spense_kernels.prefetch import link_prefetch, unlink_prefetch
 
 # RMSNorm classes: attribute of eps, and whether the weight counts from 1.
@@ -125,10 +125,14 @@ class _GatedMlp(_Fused):
 def norm(layer: nn.Module, x: Tensor, into: SpenseLinear) -> QuantizedRows:
     """What the RMSNorm `layer` makes of x, quantised for `into`."""
     if hooked(layer):  # since the model was fused; offloading brings the weight by a hook
-        return _quantized(layer(x), into)
+        return quantized(layer(x), into.gather)
     attribute, unit_offset = NORMS[type(layer).__name__]
     x8, scale = ops.rms_norm_quantize(
-        _rows(x), layer.weight, into.gather, eps=getattr(layer, attribute), unit_offset=unit_offset
+        rows_of(x),
+        layer.weight,
+        into.gather,
+        eps=getattr(layer, attribute),
+        unit_offset=unit_offset,
     )
     return QuantizedRows(x8, scale, tuple(x.shape), x.dtype)
 
@@ -139,26 +143,17 @@ def add_norm(
     """The same of x + residual, and that sum."""
     if hooked(layer):
         total = residual + x
-        return _quantized(layer(total), into), total
+        return quantized(layer(total), into.gather), total
     attribute, unit_offset = NORMS[type(layer).__name__]
     x8, scale, total = ops.add_rms_norm_quantize(
-        _rows(x),
-        _rows(residual),
+        rows_of(x),
+        rows_of(residual),
         layer.weight,
         into.gather,
         eps=getattr(layer, attribute),
         unit_offset=unit_offset,
     )
     return QuantizedRows(x8, scale, tuple(x.shape), x.dtype), total.view(x.shape)
-
-
-def _quantized(x: Tensor, into: SpenseLinear) -> QuantizedRows:
-    return QuantizedRows(*ops.quantize_fp8(_rows(x), into.gather), tuple(x.shape), x.dtype)
-
-
-def _rows(x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _gelu_tanh(gate: Tensor, up: Tensor, gather: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -159,7 +159,7 @@ def rms_norm_quantize(
 
     Returns x8 and scale as `quantize_fp8` does; a row of v with NaN or infinity gets scale NaN.
     Raises RuntimeError for a wrong dtype, shape, stride or device, an eps below 0, and on the CPU
-    for an entry of gather outside [0, K). The CUDA kernels take up to 450,000 columns.
+    for an entry of gather outside [0, K). The CUDA kernels take up to 131,072 columns.
     """
     return torch.ops.spense.rms_norm_quantize(x, weight, gather, eps=eps, unit_offset=unit_offset)
 

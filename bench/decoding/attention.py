@@ -58,7 +58,9 @@ def candidates(
         kernels = own_kernels()
         for splits in SPLITS if kernels else ():
             if splits == 1 or (context % splits == 0 and context // splits >= LEAST_CHUNK):
-                found[f"triton, {splits} splits"] = partial(kernels.attend, splits)
+                for tile in kernels.TILES[fp8]:
+                    name = f"triton, {splits} splits, {tile.block} places, {tile.warps} warps"
+                    found[name] = partial(kernels.attend, splits, tile)
     if not fp8:
         found["flash"] = partial(sdpa, SDPBackend.FLASH_ATTENTION, causal)
         found["cudnn"] = partial(sdpa, SDPBackend.CUDNN_ATTENTION, causal)

@@ -8,6 +8,7 @@ They are compiled once a dtype, not once a batch, and may start while the kernel
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,9 +18,19 @@ from torch import Tensor
 # What Triton interprets on a CPU has no overlapping launches and no products of bf16.
 NATIVE = not triton.knobs.runtime.interpret
 ROWS = 16  # query heads of a tile, the least that tensor cores take
-BLOCK = 64  # tokens of the cache a step of the loop
-WARPS, STAGES = 4, 3
 LOG2_E = math.log2(math.e)
+
+
+class Tile(NamedTuple):
+    """How `attend` goes through the cache: places a step of the loop, warps, steps under way."""
+
+    block: int = 64
+    warps: int = 4
+    stages: int = 3
+
+
+# FP8 or not -> what is worth a try.
+TILES = {False: (Tile(),), True: (Tile(), Tile(block=128, warps=8))}
 
 
 @triton.jit
@@ -119,6 +130,30 @@ def split_and_store(
     return q.view(batch, tokens, heads, dim).transpose(1, 2)
 
 
+@triton.jit
+def _split_bytes(pairs):
+    """Two e4m3 numbers in each int16 -> those in the low bytes and those in the high ones, fp16.
+
+    Tensor cores want rows of the cache beside each other in a register. Words of 16 bits reach them
+    so through `ldmatrix`, bytes only one by one.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 sorted;
+        .reg .b16 low, high;
+        prmt.b32 sorted, $2, 0, 0x3120;
+        mov.b32 {low, high}, sorted;
+        cvt.rn.f16x2.e4m3x2 $0, low;
+        cvt.rn.f16x2.e4m3x2 $1, high;
+        }""",
+        "=r,=r,r",
+        [pairs],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
 @triton.jit(do_not_specialize=["context", "chunk", "group", "pairs"])
 def _attend_kernel(
     q,
@@ -135,12 +170,15 @@ def _attend_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     DIM: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PAIRED: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """The query heads of one head of the cache, over `chunk` places of it.
 
     Writes the result, or with SPLIT the sum of weighted values as float32, and beside it (largest
-    exponent, sum of weights).
+    exponent, sum of weights). WHOLE: chunks are whole blocks. PAIRED: values are pairs of e4m3 as
+    int16. An FP8 cache is multiplied as fp16, which holds all of e4m3.
     """
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heads = tl.arange(0, ROWS)
@@ -151,27 +189,43 @@ def _attend_kernel(
     last = tl.minimum(first + chunk, context)
     places = tl.arange(0, BLOCK)
     at_k = keys + pair * context * DIM + (first + places)[None, :] * DIM + columns[:, None]
-    at_v = values + pair * context * DIM + (first + places)[:, None] * DIM + columns[None, :]
+    WORDS: tl.constexpr = DIM // 2 if PAIRED else DIM
+    words = tl.arange(0, WORDS)
+    at_v = values + pair * context * WORDS + (first + places)[:, None] * WORDS + words[None, :]
     _wait(NATIVE)
-    FACTOR: tl.constexpr = tl.bfloat16 if NATIVE else tl.float32
+    FACTOR: tl.constexpr = tl.float32 if not NATIVE else tl.float16 if PAIRED else tl.bfloat16
     query = tl.load(q + at_q, mask=in_group[:, None], other=0.0).to(FACTOR)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, DIM), tl.float32)
+    mixed = tl.zeros((ROWS, WORDS), tl.float32)
+    mixed_high = tl.zeros((ROWS, WORDS), tl.float32)
     for start in range(first, last, BLOCK):
-        inside = start + places < last
-        k = tl.load(at_k, mask=inside[None, :], other=0.0).to(FACTOR)
-        v = tl.load(at_v, mask=inside[:, None], other=0.0).to(FACTOR)
-        score = tl.dot(query, k) * scale
-        score = tl.where(inside[None, :], score, float("-inf"))
+        if WHOLE:
+            k, v = tl.load(at_k), tl.load(at_v)
+            score = tl.dot(query, k.to(FACTOR)) * scale
+        else:
+            inside = start + places < last
+            k = tl.load(at_k, mask=inside[None, :], other=0.0)
+            v = tl.load(at_v, mask=inside[:, None], other=0 if PAIRED else 0.0)
+            score = tl.dot(query, k.to(FACTOR)) * scale
+            score = tl.where(inside[None, :], score, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(score, axis=1))
         weight = tl.exp2(score - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(weight, axis=1)
-        mixed = tl.dot(weight.to(tl.bfloat16).to(FACTOR), v, mixed * shrink[:, None])
+        if PAIRED:
+            low, high = _split_bytes(v)
+            weight = weight.to(FACTOR)
+            mixed = tl.dot(weight, low, mixed * shrink[:, None])
+            mixed_high = tl.dot(weight, high, mixed_high * shrink[:, None])
+        else:
+            weight = weight.to(tl.bfloat16).to(FACTOR)
+            mixed = tl.dot(weight, v.to(FACTOR), mixed * shrink[:, None])
         peak = new_peak
         at_k += BLOCK * DIM
-        at_v += BLOCK * DIM
+        at_v += BLOCK * WORDS
+    if PAIRED:
+        mixed = tl.interleave(mixed, mixed_high)
     if SPLIT:
         row = (split * pairs + pair) * group + heads
         to = out + row[:, None] * DIM + columns[None, :]
@@ -200,7 +254,7 @@ def _combine_kernel(
     tl.store(out + row * DIM + columns, (mixed / total).to(tl.bfloat16))
 
 
-def attend(splits: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def attend(splits: int, tile: Tile, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attention of one token a sequence, the context in `splits` (a power of two) equal chunks.
 
     q bf16 [batch, heads, 1, head_dim], contiguous; keys and values [batch, kv_heads, context,
@@ -217,14 +271,20 @@ def attend(splits: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     if split:
         parts = torch.empty(splits, batch * heads, dim, dtype=torch.float32, device=q.device)
         sums = torch.empty(splits, batch * heads, 2, dtype=torch.float32, device=q.device)
+    chunk = context // splits
+    paired = NATIVE and values.dtype == torch.float8_e4m3fn
+    if paired:
+        values = values.view(torch.int16)
     _attend_kernel[(pairs, splits)](
-        *(q, keys, values, parts, sums, context, context // splits, group, pairs),
+        *(q, keys, values, parts, sums, context, chunk, group, pairs),
         LOG2_E / math.sqrt(dim),
         SPLIT=split,
         ROWS=ROWS,
-        BLOCK=BLOCK,
+        BLOCK=tile.block,
         DIM=dim,
-        **_launch(num_warps=WARPS, num_stages=STAGES),
+        WHOLE=chunk % tile.block == 0,
+        PAIRED=paired,
+        **_launch(num_warps=tile.warps, num_stages=tile.stages),
     )
     if split:
         _combine_kernel[(batch * heads,)](

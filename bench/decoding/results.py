@@ -11,7 +11,8 @@ KEY = ("model", "kind", "dense", "what", "batch", "context", "cache")
 
 
 def key_of(point: dict) -> tuple:
-    return tuple(point[name] for name in KEY)
+    """What a newer point takes the place of; each run keeps the dense points it compares with."""
+    return (*(point[name] for name in KEY), point["ms"] if point["kind"] == "dense" else None)
 
 
 def rival_of(point: dict, points: list[dict]) -> dict | None:

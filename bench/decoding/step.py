@@ -21,6 +21,10 @@ from decoding.models import ModelShape
 from spense_kernels import ops
 
 PARTS = ("linear", "attention", "quantise", "head", "rest")
+IN_A_LAYER = (
+    *("norm 1", "qkv", "heads", "attention", "quantise", "o"),
+    *("norm 2", "gate_up", "gated", "down"),
+)
 PART_NAMES = {
     "linear": "linear layers",
     "attention": "attention",
@@ -158,12 +162,12 @@ class Step:
         kernels = own_kernels() if self.fused else None
         self.store: Callable = kernels.split_and_store if kernels else split_and_store
 
-    def run(self, parts: tuple[str, ...] = PARTS) -> None:
-        """A pass; with some parts left out, those kernels alone, in their order."""
-        whole = parts == PARTS
+    def run(self, parts: tuple[str, ...] = PARTS, without: tuple[str, ...] = ()) -> None:
+        """A pass; with some parts or kernels left out, the others alone, in their order."""
+        whole = parts == PARTS and not without
 
         def do(part: str, key: str, function: Callable[..., object], *args: object) -> object:
-            if part not in parts:
+            if part not in parts or key in without:
                 return self.left[key]
             result = function(*args)
             if whole:
@@ -175,18 +179,19 @@ class Step:
         delta = None
         for layer, memory in zip(weights.layers, self.cache.layers, strict=True):
             qkv, o, gate_up, down = layer.linears.values()
-            x8, scale, h = do("quantise", "norm", self._norm, h, delta, layer.norms[0], qkv.gather)
+            norm = layer.norms[0]
+            x8, scale, h = do("quantise", "norm 1", self._norm, h, delta, norm, qkv.gather)
             y = do("linear", "qkv", qkv, x8, scale)
-            q = do("rest", "q", self._heads, y, layer, *memory)
-            a = do("attention", "a", self.attention, q, *memory)
+            q = do("rest", "heads", self._heads, y, layer, *memory)
+            a = do("attention", "attention", self.attention, q, *memory)
             rows = a.transpose(1, 2).reshape(-1, shape.heads * shape.head_dim)
-            x8, scale = do("quantise", "x", ops.quantize_fp8, rows, o.gather)
+            x8, scale = do("quantise", "quantise", ops.quantize_fp8, rows, o.gather)
             delta = do("linear", "o", o, x8, scale)
             norm = layer.norms[1]
-            x8, scale, h = do("quantise", "norm", self._norm, h, delta, norm, gate_up.gather)
+            x8, scale, h = do("quantise", "norm 2", self._norm, h, delta, norm, gate_up.gather)
             both = do("linear", "gate_up", gate_up, x8, scale)
             halves = both.split(shape.intermediate, dim=1)
-            x8, scale = do("quantise", "product", ops.silu_mul_quantize, *halves, down.gather)
+            x8, scale = do("quantise", "gated", ops.silu_mul_quantize, *halves, down.gather)
             delta = do("linear", "down", down, x8, scale)
         last = do("rest", "last", self._last, h, delta)
         logits = do("head", "logits", F.linear, last, weights.head)

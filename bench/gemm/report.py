@@ -74,58 +74,63 @@ def summary(points: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def regret_line(layer: str, m: int, dense: float, times: dict[str, dict]) -> tuple[str, float]:
-    """What the chooser took against the fastest configuration, and its regret."""
-    forced = {name: t["us"] for name, t in times.items() if name != "auto"}
-    name = min(forced, key=forced.__getitem__)
-    auto = times["auto"]["us"]
-    regret = auto / forced[name] - 1
-    text = f"{layer:<20} {m:>5} {dense:>6.1%} | auto {auto:8.2f} us, best {forced[name]:8.2f} us"
-    return f"{text} {name:<26} regret {regret:6.1%}", regret
-
-
 class Results:
     """The result file: runs (where and when) and points that name their run by number."""
 
     def __init__(self, run: dict, merged: list[Path]):
         self.runs: list[dict] = []
-        self.points: list[dict] = []
-        self.configs: list[dict] = []
+        self._points: dict[tuple, dict] = {}
+        self._configs: dict[tuple, dict] = {}
         for path in merged:
             self._add(json.loads(path.read_text()))
         self.run = len(self.runs)
         self.runs.append(run)
 
+    @property
+    def points(self) -> list[dict]:
+        return list(self._points.values())
+
+    @property
+    def configs(self) -> list[dict]:
+        return list(self._configs.values())
+
+    def body(self) -> dict[str, list[dict]]:
+        """What the file holds."""
+        return {"runs": self.runs, "points": self.points, "configs": self.configs}
+
     def _add(self, other: dict) -> None:
         shift = len(self.runs)
         self.runs += other["runs"]
-        for name in ("points", "configs"):
+        for name, entries in (("points", self._points), ("configs", self._configs)):
             for entry in other[name]:
-                self._put(getattr(self, name), entry | {"run": entry["run"] + shift})
+                self._put(entries, entry | {"run": entry["run"] + shift})
 
     def add_point(self, point: dict) -> None:
-        self._put(self.points, point | {"run": self.run})
+        self._put(self._points, point | {"run": self.run})
 
     def add_config(self, entry: dict) -> None:
-        self._put(self.configs, entry | {"run": self.run})
+        self._put(self._configs, entry | {"run": self.run})
 
     @staticmethod
-    def _put(entries: list[dict], entry: dict) -> None:
+    def _put(entries: dict[tuple, dict], entry: dict) -> None:
         """A newer entry of the same problem on the same kind of point takes the older's place."""
-        key = ("layer", "m", "dense", "config")
-        same = [e for e in entries if all(e.get(name) == entry.get(name) for name in key)]
-        for old in same:
-            entries.remove(old)
-        entries.append(entry)
+        key = tuple(entry.get(name) for name in ("layer", "m", "dense", "config"))
+        entries.pop(key, None)
+        entries[key] = entry
 
     def write(self, path: Path) -> None:
         """Whole or not at all. Runs that no entry names any more stay, as a record."""
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(path.name + ".new")
-        body = {"runs": self.runs, "points": self.points, "configs": self.configs}
-        lines = [f'"{name}": [\n' + _rows(rows) + "]" for name, rows in body.items()]
+        lines = [f'"{name}": [\n' + _rows(rows) + "]" for name, rows in self.body().items()]
         fresh.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         os.replace(fresh, path)
+
+
+def write_points(path: Path, run: dict, points: list[dict]) -> None:
+    """One run and its points."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"run": {json.dumps(run)},\n"points": [\n{_rows(points)}]}}\n')
 
 
 def _rows(rows: list[dict]) -> str:

@@ -7,12 +7,13 @@ as bf16 [m, n] in rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from gemm.lost import DeviceLost, usable
 from gemm.operands import copies, random_fp8, random_x, tile_stream, tiles_of, two_of_four
 from gemm.shapes import Layer
 from gemm.timing import Call
@@ -102,7 +103,10 @@ class CusparseLt:
     """cuSPARSELt FP8 2:4 on the first `columns` columns, the fastest of all its algorithms.
 
     It has no scales, which spares it work. Tokens are padded to the 16 that it asks for. `quick`
-    takes a list of calls for each algorithm and gives rough times.
+    takes a list of calls for each algorithm and gives rough times. What `avoid` names is not tried.
+
+    Raises:
+        RuntimeError: nothing runs on this shape. lost.DeviceLost: an algorithm broke the GPU.
     """
 
     ROWS = 16
@@ -115,11 +119,15 @@ class CusparseLt:
         device: torch.device,
         quick: Callable[[list[list[Call]]], list[float]],
         columns: int | None = None,
+        avoid: Collection[str] = (),
     ):
         self.layer, self.device, self.quick = layer, device, quick
         self.chosen: dict[int, tuple[int, int, int]] = {}  # tokens -> algorithm
         self.last: int | None = None  # number of the last algorithm
         self.k = layer.k if columns is None else columns
+        self.avoid, self.shape = avoid, f"{layer.n}x{self.k}"
+        if self.shape in avoid:
+            raise RuntimeError("left out, as it broke the GPU before")
         weight = torch._cslt_compress(two_of_four(layer.n, self.k, device))
         self.weights = copies(weight, device)
 
@@ -157,18 +165,22 @@ class CusparseLt:
             *searched, self.last = search(self.weights[0], few.t(), None, None, BF16, True)
             choices.append(tuple(map(int, searched)))
         choices += [(algorithm, 1, -1) for algorithm in range(self.last + 1)]
-        runs = {c: self._why_not(x, c) for c in dict.fromkeys(choices)}
+        tried = [c for c in dict.fromkeys(choices) if f"{self.shape}:{c[0]}" not in self.avoid]
+        runs = {choice: self._why_not(x, choice) for choice in tried}
         found = [choice for choice, problem in runs.items() if problem is None]
         if not found:
-            raise RuntimeError(f"no algorithm of {len(runs)} runs: {next(iter(runs.values()))}")
+            raise RuntimeError(f"no algorithm of {len(runs)} runs: {next(iter(runs.values()), '')}")
         return found
 
     def _why_not(self, x: Tensor, choice: tuple[int, int, int]) -> str | None:
+        why = None
         try:
             self._product(self.weights[0], x.t(), choice)
         except RuntimeError as problem:
-            return str(problem)
-        return None
+            why = str(problem)
+        if not usable(self.device):
+            raise DeviceLost([f"{self.shape}:{choice[0]}"])
+        return why
 
 
 class TwoLibrary:

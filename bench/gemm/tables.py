@@ -29,7 +29,7 @@ def short_table(results: dict) -> str:
     both = any("two_library_add" in p["times"] for p in points)
     head = ["M", *(f"{name}, four layers" for name in models), "slowest layer"]
     head += ["two libraries"] if both else []
-    lines = [_row(head), _row(["---"] * len(head))]
+    lines = [row(head), row(["---"] * len(head))]
     for m in sorted({p["m"] for p in points if p["kind"] == "model"}):
         here = [p for p in points if p["m"] == m]
         cells = [str(m)]
@@ -44,14 +44,18 @@ def short_table(results: dict) -> str:
         if both:
             rivals = [_between(p, ("two_library_add",), DENSE) for p in sums.values()]
             cells.append(" / ".join(_x(r) for r in rivals))
-        lines.append(_row(cells))
+        lines.append(row(cells))
     return "\n".join(lines)
 
 
 def source_line(results: dict) -> str:
     """Where the figures come from, in a sentence."""
-    used = sorted({p["run"] for p in at_fraction(results)})
-    runs = [results["runs"][i] for i in used]
+    return run_line(results, {p["run"] for p in at_fraction(results)})
+
+
+def run_line(results: dict, used: set[int]) -> str:
+    """Device, versions and days of some runs of a result file, by number."""
+    runs = [results["runs"][i] for i in sorted(used)]
     device, versions = runs[-1]["device"], runs[-1]["versions"]
     commits = ", ".join(sorted({run["commit"][:7] for run in runs}))
     days = sorted({run["created"][:10] for run in runs})
@@ -73,9 +77,11 @@ def rival_words(results: dict) -> tuple[str, str]:
 def full_table(results: dict, group: str, dense: float) -> str:
     """Microseconds of ours and every rival, share of the floor; one line a layer and M."""
     points = [p for p in at_fraction(results, dense) if p["group"] == group]
+    if dense != DENSE_FRACTION and any(p["kind"] == "model" for p in points):
+        points = [p for p in points if p["kind"] == "model"]
     head = ["layer", "n x k", "M", "ours, us", *(f"{title}, us" for title, _ in RIVALS)]
     head += ["x cuBLASLt", "TFLOP/s", "GB/s", "of floor"]
-    lines = [_row(head), _row(["---"] * len(head))]
+    lines = [row(head), row(["---"] * len(head))]
     for p in sorted(points, key=lambda p: (p["m"], p["kind"] == "model", p["layer"])):
         us = p["times"]["spense"]["us"]
         name = "all four" if p["kind"] == "model" else p["layer"].rpartition(".")[2]
@@ -84,16 +90,49 @@ def full_table(results: dict, group: str, dense: float) -> str:
         times = [best(p["times"], names) for _, names in RIVALS]
         cells += ["" if t is None else f"{t:.1f}" for t in times]
         cells += [_x(speed_up(p)), f"{p['flops'] / us / 1e6:.0f}", f"{p['bytes'] / us / 1e3:.0f}"]
-        lines.append(_row([*cells, f"{p['floor_us'] / us:.0%}"]))
+        lines.append(row([*cells, f"{p['floor_us'] / us:.0%}"]))
     return "\n".join(lines)
 
 
+def beside(results: dict, other: dict) -> str:
+    """Both devices at 25 % dense: a model's four layers, ours and cuBLASLt's, and their ratios."""
+    names = [_device(r) for r in (results, other)]
+    head = ["model", "M", *(f"{name}, ours" for name in names), "ratio"]
+    head += [*(f"{name}, cuBLASLt" for name in names), "ratio"]
+    head += [f"x cuBLASLt, {name}" for name in names]
+    lines = [row(head), row(["---"] * len(head))]
+    theirs = {(p["layer"], p["m"]): p for p in at_fraction(other) if p["kind"] == "model"}
+    for p in sorted(at_fraction(results), key=lambda p: (p["layer"], p["m"])):
+        q = theirs.get((p["layer"], p["m"]))
+        if p["kind"] != "model" or q is None:
+            continue
+        cells = [p["layer"], str(p["m"])]
+        for rivals in (("spense",), DENSE):
+            a, b = best(p["times"], rivals), best(q["times"], rivals)
+            cells += [f"{a:.1f} us", f"{b:.1f} us", f"{a / b:.2f}"] if a and b else [""] * 3
+        lines.append(row([*cells, _x(speed_up(p)), _x(speed_up(q))]))
+    rates = [
+        f"{name} {r['runs'][-1]['read_bytes_per_second'] / 1e12:.2f} TB/s"
+        for name, r in zip(names, (results, other), strict=True)
+        if "read_bytes_per_second" in r["runs"][-1]
+    ]
+    read = f" The copy kernel reads: {', '.join(rates)}." if rates else ""
+    return "\n".join([*lines, "", f"Four layers, {DENSE_FRACTION:.0%} dense.{read}"])
+
+
+def _device(results: dict) -> str:
+    """H200 of NVIDIA H200."""
+    words = results["runs"][-1]["device"]["name"].split()
+    return next((word for word in words if word[-1].isdigit()), words[-1])
+
+
 def full_tables(results: dict) -> str:
-    """Every group of layers and dense fraction of the file, each under a heading."""
+    """Every group of layers and dense fraction of the file, each under a heading; only whole models
+    at other fractions than the main one."""
     parts = [source_line(results)]
     keys = dict.fromkeys((p["group"], p["dense"]) for p in results["points"])
     for group, dense in sorted(keys):
-        parts.append(f"### {group or 'other shapes'}, {dense:.0%} dense")
+        parts.append(f"### {group or 'other shapes'}, {100 * dense:.3g}% dense")
         parts.append(full_table(results, group, dense))
     return "\n\n".join(parts)
 
@@ -103,7 +142,7 @@ def _between(point: dict, names: tuple[str, ...], base: tuple[str, ...]) -> floa
     return theirs / ours if ours and theirs else None
 
 
-def _row(cells: list[str]) -> str:
+def row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 

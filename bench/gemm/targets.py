@@ -49,7 +49,7 @@ class Check:
     def __str__(self) -> str:
         state = "met   " if self.met else "MISSED"
         return (
-            f"{state} {self.layer:<20} M = {self.m:<5} {self.dense:>4.0%} dense: "
+            f"{state} {self.layer:<20} M = {self.m:<5} {100 * self.dense:>4.3g}% dense: "
             f"{self.what} {self.got:.3f}, at least {self.least:.2f}"
         )
 

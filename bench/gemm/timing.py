@@ -11,13 +11,16 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 Call = Callable[[], object]
 MIN_ROUNDS, MAX_ROUNDS = 7, 41
 LONG_ROUND_S, MIN_LONG_ROUNDS = 0.03, 3  # where a round lasts so long, few will do
+BLOCK_S, BLOCKS = 0.08, 3  # of every recording, where each has the device to itself
 QUICK_SLEEP_CYCLES = 2_000_000  # about a millisecond, for the host to get ahead in
+LAUNCH_CYCLES = 200_000  # the same for each of many launches, ample
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,20 @@ class Recorder:
         self.pool = torch.cuda.graph_pool_handle()
         self._anchor = None
 
-    def quick(self, choices: Sequence[Sequence[Call]]) -> list[float]:
-        """Rough microseconds of each of several ways to do the same, on a GPU, without a graph."""
+    def quick(self, choices: Sequence[Sequence[Call]], one_wait: bool = False) -> list[float]:
+        """Rough microseconds of each of several ways to do the same, on a GPU, without a graph.
+
+        Before each way the GPU waits for the host to get ahead; with `one_wait` before the first
+        alone, which does for calls that are quick to launch.
+        """
         times = []
         with torch.cuda.stream(self.stream):
+            if one_wait:
+                torch.cuda._sleep(QUICK_SLEEP_CYCLES + LAUNCH_CYCLES * sum(map(len, choices)))
             for calls in choices:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(QUICK_SLEEP_CYCLES)
+                if not one_wait:
+                    torch.cuda._sleep(QUICK_SLEEP_CYCLES)
                 begin.record()
                 _run(calls)
                 end.record()
@@ -109,6 +119,35 @@ class Recorder:
                 times[name].append(us / recordings[name].passes)
             rounds += 1
         return {name: _summary(series) for name, series in times.items()}
+
+    def measure_settled(self, recordings: dict[str, Recording]) -> dict[str, dict]:
+        """As `measure`, but every recording is replayed for BLOCK_S at a stretch, in BLOCKS rounds;
+        only the later half of a stretch counts. For work that makes a device lower its clock: it
+        runs at the clock that it brings about itself, not at one that all recordings share.
+        """
+        if self.device.type == "cpu":
+            return self.measure(recordings, seconds=0)
+        order = list(recordings)
+        shuffle = random.Random(0).shuffle
+        first = self._round(recordings, order)
+        replays = {name: max(4, round(BLOCK_S * 1e6 / us)) for name, us in first.items()}
+        times: dict[str, list[float]] = {name: [] for name in order}
+        for _ in range(BLOCKS):
+            shuffle(order)
+            for name in order:
+                series = self._in_a_row(recordings[name], replays[name])
+                times[name] += [us / recordings[name].passes for us in series[len(series) // 2 :]]
+        return {name: _summary(series) for name, series in times.items()}
+
+    def _in_a_row(self, recording: Recording, replays: int) -> list[float]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+        with torch.cuda.stream(self.stream):
+            events[0].record()
+            for event in events[1:]:
+                recording.replay()
+                event.record()
+        self.stream.synchronize()
+        return [begin.elapsed_time(end) * 1e3 for begin, end in pairwise(events)]
 
     def _round(self, recordings: dict[str, Recording], order: list[str]) -> dict[str, float]:
         if self.device.type == "cpu":

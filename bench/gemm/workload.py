@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from gemm.ceiling import RINGS, Copy
+from gemm.ceiling import Copy
+from gemm.copy_stream import RINGS
+from gemm.lost import DeviceLost, usable
 from gemm.rivals import BFloat16, CublasLt, CusparseLt, Spense, TwoLibrary
 from gemm.shapes import Layer
 from gemm.timing import Call, Recorder
@@ -29,14 +31,21 @@ MAIN_DENSE = 0.25
 AT_DENSE = {0.0: ("cusparselt",), 1.0: ("cublas_row",)}
 BETWEEN = ("two_library", "two_library_add")
 COPY_TOKENS = 64  # above, nothing is bound by the copy
-SPARSE_COLUMNS = 64  # cuSPARSELt's part is a multiple of this many columns
+# cuSPARSELt's part is a multiple of so many columns. Of 4480 (an odd multiple of 128) it died with
+# an illegal access; everything else that was ever timed was a multiple of 256.
+SPARSE_COLUMNS = 256
 
 
 class Workload:
     """The rivals of a layer, on the same device and in the same run."""
 
     def __init__(
-        self, layer: Layer, recorder: Recorder, names: list[str], every_rival: bool = False
+        self,
+        layer: Layer,
+        recorder: Recorder,
+        names: list[str],
+        every_rival: bool = False,
+        avoid: Collection[str] = (),
     ):
         unknown = sorted(set(names) - set(RIVALS))
         if unknown:
@@ -44,6 +53,7 @@ class Workload:
         on_cpu = recorder.device.type == "cpu"
         self.names = [name for name in names if not on_cpu or name in CPU_RIVALS]
         self.layer, self.recorder, self.every_rival = layer, recorder, every_rival
+        self.avoid = avoid  # of cuSPARSELt's shapes and algorithms
         self._made: dict[str, object] = {}
         self.missing: dict[str, str] = {}  # rival -> why, where it first failed
         self._gone: set[str] = set()  # not tried again
@@ -65,25 +75,35 @@ class Workload:
             "cublas_tensor": lambda: self._get("cublas", CublasLt).calls(m),
             "cublas_row": lambda: self._get("cublas", CublasLt).calls(m, by_row=True),
             "bf16": lambda: self._get("bf16", BFloat16).calls(m),
-            "cusparselt": lambda: self._get("cusparselt", CusparseLt, quick=self._quick).calls(m),
+            "cusparselt": lambda: self._sparse("cusparselt", None).calls(m),
             "two_library": lambda: self._two(False).calls(m),
             "two_library_add": lambda: self._two(True).calls(m),
             **{ring: lambda ring=ring: Copy(self._spense(), ring).calls(m) for ring in RINGS},
         }
         found = {}
-        for name in self.names:
-            if name in self._gone or not self._meant(name, m):
-                continue
+        for name in self.meant(m):
             if name.startswith("spense"):  # a failure of ours is one of the run
                 found[name] = makers[name]()
                 continue
             try:
                 found[name] = makers[name]()
                 found[name][0]()
+            except DeviceLost:
+                raise
             except Exception as problem:  # whatever a library comes up with, the sweep goes on
                 found.pop(name, None)
                 self.note(name, m, problem)
+            self.check()
         return found
+
+    def check(self) -> None:
+        """Raises lost.DeviceLost where cuSPARSELt ran and the GPU takes no more calls."""
+        if usable(self.recorder.device):
+            return
+        shapes = [x.shape for x in self._made.values() if isinstance(x, CusparseLt)]
+        if shapes:
+            raise DeviceLost(shapes)
+        raise RuntimeError(f"{self.layer.label}: the GPU takes no more calls")
 
     def note(self, name: str, m: int, problem: Exception) -> None:
         """Says once that a rival does not run."""
@@ -95,6 +115,10 @@ class Workload:
         """Leaves a rival out from here on that ran, but could not be recorded."""
         self.note(name, m, problem)
         self._gone.add(name)
+
+    def meant(self, m: int) -> list[str]:
+        """The rivals that are timed at m tokens and the dense fraction that was set."""
+        return [name for name in self.names if name not in self._gone and self._meant(name, m)]
 
     def _meant(self, name: str, m: int) -> bool:
         """Two libraries make sense only where both have work, a copy where bytes are the limit."""
@@ -120,11 +144,15 @@ class Workload:
 
     def _two(self, add: bool) -> TwoLibrary:
         columns = self._sparse_columns()
-        sparse = self._get("sparse_part", CusparseLt, quick=self._quick, columns=columns)
+        sparse = self._sparse("sparse_part", columns)
         if "dense_part" not in self._made:
             rest = Layer("", "", self.layer.n, self.layer.k - columns)
             self._made["dense_part"] = CublasLt(rest, self.recorder.device)
         return TwoLibrary(sparse, self._made["dense_part"], add)
+
+    def _sparse(self, key: str, columns: int | None) -> CusparseLt:
+        more = {"quick": self._quick, "columns": columns, "avoid": self.avoid}
+        return self._get(key, CusparseLt, **more)
 
     def _quick(self, choices: list[list[Call]]) -> list[float]:
         return self.recorder.quick(choices)

@@ -2,7 +2,7 @@
 """Write the tables of docs/pruning.md from the committed results, between their markers.
 
 quality.json is the table of single ideas; quality_h100.json holds what was tried on top of it, and
-quality_ideas.json what was tried on top of that.
+quality_explore.json what was tried after that.
 
 `python bench/quality/document.py` rewrites the page; `--check` fails when it is out of date.
 """
@@ -80,7 +80,7 @@ def validation(result: dict) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for name, row in result["rows"].items():
-        if re.match(r"[s-v]\d ", name):
+        if re.match(r"[se]\d+ ", name):
             lines.append(
                 f"| {name} | {row['validation']['r']:.3f} ± {row['validation']['r_stderr']:.3f} | "
                 f"{row['test']['r']:.3f} ± {row['test']['r_stderr']:.3f} | "
@@ -93,9 +93,7 @@ def parts(prefix: str, result: dict) -> dict[str, str]:
     """Text by marker."""
     rows = result["rows"]
     main = [name for name in rows if not STEPS.match(name) and "search" not in name]
-    found = {f"{prefix}setup": setup(result)}
-    if prefix != "ideas-":
-        found[f"{prefix}main"] = table(rows, main)
+    found = {f"{prefix}setup": setup(result), f"{prefix}main": table(rows, main)}
     if any("validation" in row for row in rows.values()):
         found |= {f"{prefix}steps": validation(result), f"{prefix}tune": times(result)}
     else:
@@ -106,13 +104,11 @@ def parts(prefix: str, result: dict) -> dict[str, str]:
 
 def render(page: str) -> str:
     found = comparisons.parts(RESULTS)
-    for prefix, name in (
-        ("", "quality.json"),
-        ("h100-", "quality_h100.json"),
-        ("ideas-", "quality_ideas.json"),
-    ):
+    for prefix, name in (("", "quality.json"), ("h100-", "quality_h100.json")):
         result = json.loads((RESULTS / name).read_text(encoding="utf-8"))
         found |= parts(prefix, result)
+    result = json.loads((RESULTS / "quality_explore.json").read_text(encoding="utf-8"))
+    found |= {"explore-setup": setup(result), "explore-steps": validation(result)}
     for marker, text in found.items():
         pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
         if not pattern.search(page):

@@ -30,6 +30,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tune-seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--lr", type=float, default=1.5e-4)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--splice", type=int, default=1, help="parts of a window, see FinetuneConfig"
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.0, help="share of tokens, see FinetuneConfig"
+    )
     return parser.parse_args()
 
 
@@ -66,18 +72,15 @@ def fill(session: Session, options) -> None:
 
 
 def tune(session: Session, name: str, pruned, dense_fraction: float, options) -> None:
-    """Fine-tune as many steps as fit the time: a few steps without a learning rate tell."""
-    windows = session.training()
+    """Fine-tune as many steps as fit the time."""
     student = make_student(pruned)
-    for _ in range(2):  # the first call also warms up
-        probe = FinetuneConfig(steps=4, batch=options.batch, lr=1e-12, warmup=0)
-        found = finetune(student, session.model, windows, probe)
-    steps = max(10, int(0.95 * options.tune_seconds / (found.seconds / probe.steps)))
     config = FinetuneConfig(
-        steps=steps, batch=options.batch, lr=options.lr, warmup=min(40, steps // 5)
-    )
+        minutes=options.tune_seconds / 60, batch=options.batch, lr=options.lr, warmup=40,
+        splice=options.splice, noise=options.noise,
+    )  # fmt: skip
     begin = time.monotonic()
-    report = finetune(student, session.model, windows, config)
+    report = finetune(student, session.model, session.training(), config)
+    steps = report.config.steps
     row = {
         "tune_seconds": round(time.monotonic() - begin, 1),
         "steps": steps,
@@ -85,7 +88,7 @@ def tune(session: Session, name: str, pruned, dense_fraction: float, options) ->
         "train_kl": [round(x, 4) for x in report.losses[:: max(1, steps // 20)]],
         "dense_fraction": dense_fraction,
         "config": {"fp8": True},
-        "finetune_config": config.to_json(),
+        "finetune_config": report.config.to_json(),
     }
     session.keep(name, row, finish_student(student).to(session.device))
 

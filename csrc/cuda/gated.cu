@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // silu_mul_quantize and gelu_mul_quantize. Powers of two and quotients are the hardware's
 // approximations: relative error of v below 2^-15, mostly from the rounding of the exponent.
-#include "cuda/row_slices.cuh"
+#include "cuda/held_rows.cuh"
 
 namespace spense::cuda {
 namespace {
@@ -29,43 +29,53 @@ struct GatedSource {
   int64_t gate_stride, up_stride;
   bool aligned;
 
-  __device__ void prefetch(const Slice&) const {}
+  using Element = T;
+  using Kept = Eight<float>;
+  struct Held {};  // no weight
+  static constexpr int kInputs = 2;
+  static constexpr bool kSums = false;
+  static constexpr int kMaxRows = 2;
+  static constexpr int kMaxVectors = 4;
 
-  template <typename TeamType>
-  __device__ uint32_t compute(float* v, int64_t row, const Slice& slice, const TeamType&) const {
-    const T* gate_row = gate + row * gate_stride;
-    const T* up_row = up + row * up_stride;
-    uint32_t peak = 0;
-    for_columns<T>(slice, aligned, [&](int c, auto count) {
-      constexpr int n = decltype(count)::value;
-      const auto g = load_once<n>(gate_row + c), u = load_once<n>(up_row + c);
-      Vec<float, n> product;
+  __device__ const T* input(int i, int64_t m) const {
+    return i == 0 ? gate + m * gate_stride : up + m * up_stride;
+  }
+  __device__ int64_t stride(int i) const { return i == 0 ? gate_stride : up_stride; }
+  template <bool>
+  __device__ Held hold(int, int) const {
+    return {};
+  }
+  template <bool>
+  __device__ Kept take(const Eight<T> (&in)[2], int64_t, int, int, double&) const {
+    Kept product;
 #pragma unroll
-      for (int i = 0; i < n; ++i) {
-        product.at[i] = activate<kActivation>(to_float(g.at[i])) * to_float(u.at[i]);
-        peak = max(peak, magnitude_bits(product.at[i]));
-      }
-      *reinterpret_cast<Vec<float, n>*>(v + (c - slice.begin)) = product;
-    });
-    return peak;
+    for (int i = 0; i < 8; i += 2) {
+      product.set_pair(i, activate<kActivation>(in[0].get(i)) * in[1].get(i),
+                       activate<kActivation>(in[0].get(i + 1)) * in[1].get(i + 1));
+    }
+    return product;
+  }
+  __device__ float factor(double) const { return 1.0f; }
+  __device__ float value(const Kept& v, int i, float, Held) const { return v.get(i); }
+  __device__ uint32_t raise(uint32_t peak, const Kept& v, float, Held) const {
+    float largest = __uint_as_float(peak);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = ptx::larger_magnitude(largest, v.get(i));
+    return __float_as_uint(largest);
   }
 };
 
 template <typename T, Activation kActivation>
 void run(const GatedArgs& args, Stream stream) {
-  constexpr int64_t kLeastColumns = 2048;
+  constexpr int64_t kLeastColumns = 4096;
   GatedSource<T, kActivation> source;
   source.gate_stride = args.rows.x_stride;
   source.up_stride = args.up_stride;
   source.aligned =
       aligned_rows<T>(args.rows.x, args.rows.x_stride) && aligned_rows<T>(args.up, args.up_stride);
-  for (int64_t row = 0; row < args.rows.m;) {
-    const QuantizeArgs part = some_rows(args.rows, row);
-    source.gate = static_cast<const T*>(part.x);
-    source.up = static_cast<const T*>(args.up) + row * args.up_stride;
-    launch_rows(source, part, kLeastColumns, stream);
-    row += part.m;
-  }
+  source.gate = static_cast<const T*>(args.rows.x);
+  source.up = static_cast<const T*>(args.up);
+  launch_rows(source, args.rows, kLeastColumns, stream);
 }
 
 template <typename T>
@@ -83,14 +93,7 @@ void run(const GatedArgs& args, Stream stream) {
 }  // namespace
 
 void gated_quantize(const GatedArgs& args, Stream stream) {
-  switch (args.rows.in) {
-    case InType::kBFloat16:
-      return run<__nv_bfloat16>(args, stream);
-    case InType::kFloat16:
-      return run<__half>(args, stream);
-    case InType::kFloat32:
-      return run<float>(args, stream);
-  }
+  with_type(args.rows.in, [&]<typename T>() { run<T>(args, stream); });
 }
 
 }  // namespace spense::cuda

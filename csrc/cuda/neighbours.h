@@ -10,7 +10,7 @@
 namespace spense::cuda {
 
 // Longest row that the kernels below take.
-inline constexpr int64_t kMaxFusedColumns = 450000;
+inline constexpr int64_t kMaxFusedColumns = 131072;
 
 //   s[i] = x[i], or x[i] + residual[i] rounded to the type of x and written to sum[i]
 //   r    = 1 / sqrt(float32(sum_i s[i]^2 in float64) / k + eps)

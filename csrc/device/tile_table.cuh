@@ -5,6 +5,16 @@
 
 namespace spense::device {
 
+// Reads a table, or the beginning of a long one, into the multiprocessor's cache: later reads would
+// wait for one another. For a warp; returns what must be looked at for the reads to happen, which
+// is not negative.
+__device__ __forceinline__ int32_t touch(const int4* tiles, int32_t row_tiles) {
+  constexpr int32_t kLine = 128 / sizeof(int4);
+  const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
+  const int32_t near = min(lane * kLine, row_tiles), far = min((lane + 32) * kLine, row_tiles);
+  return __ldg(&tiles[near].x) | __ldg(&tiles[far].x);
+}
+
 // The tile table on the device; a warp searches it together.
 struct DeviceTable {
   const int4* tiles;

@@ -28,11 +28,12 @@ constexpr size_t kInstances = 0
 static_assert(std::size(kCosts) == kInstances, "every instance has its costs");
 
 // Of the device, by the same fit: the rates that its limits seem to have in this formula.
-constexpr double kDramBytesPerUs = 3.123e6, kL2BytesPerUs = 13.04e6, kLaunchUs = 1.44;
-constexpr double kStreamLaunch = 1.91;  // a stream-K launch against another
-constexpr double kDenseUnit = 0.740;    // time of a dense unit against a sparse one
-constexpr double kExponent = 2.62;      // how the limits add up: 1 would be one after another
-constexpr double kL2Bytes = 40e6, kReread = 0.402;  // cut tiles read again what L2 does not hold
+constexpr double kDramBytesPerUs = 3.283e6, kL2BytesPerUs = 11.799e6, kLaunchUs = 1.316;
+constexpr double kStreamLaunch = 1.677;  // a stream-K launch against another
+constexpr double kDenseUnit = 0.711;     // time of a dense unit against a sparse one
+constexpr double kExponent = 2.324;      // how the limits add up: 1 would be one after another
+constexpr double kTail = 0.849;          // how far a round of whole tiles by tickets counts as full
+constexpr double kL2Bytes = 40e6, kReread = 0.329;  // cut tiles read again what L2 does not hold
 
 const Cost& cost(const GemmConfig& config) {
   return *std::find_if(std::begin(kCosts), std::end(kCosts),
@@ -61,7 +62,9 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
   const double rounds = tiles / slots;
   double work = 0, launch = kLaunchUs;
   if (choice.mode == Mode::kWhole) {
-    work = std::ceil(rounds) * (tile_us + c.tile_us);
+    const double full = std::ceil(rounds);
+    const bool by_tickets = cluster_size(config) == 1 && rounds > 1;
+    work = (by_tickets ? rounds + kTail * (full - rounds) : full) * (tile_us + c.tile_us);
   } else {
     work = rounds * tile_us + std::ceil(rounds) * c.tile_us + c.fixup_us;
     launch *= kStreamLaunch;

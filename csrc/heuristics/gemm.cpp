@@ -99,9 +99,13 @@ ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slot
   p.k_blocks = static_cast<int32_t>(desc.k_blocks());
   p.stream_blocks = static_cast<int32_t>(desc.stream_blocks());
   p.band = std::min(p.token_tiles, kBand);
+  if (config.tokens > 64) {
+    const int64_t blocks = desc.row_tiles() * desc.k_blocks();
+    p.back = static_cast<int32_t>(1024 * (blocks - 2 * desc.sparse_units()) / blocks);
+  }
   const int32_t tiles =
       static_cast<int32_t>(format::ceil_div(p.row_tiles, group_tiles(config))) * p.token_tiles;
-  if (config.splits > 1 || choice.mode == Mode::kWhole) {
+  if (config.splits > 1 || choice.mode == Mode::kWhole || !streamable(p)) {
     // CTAs that split K exchange their sums once a launch: as many clusters as tiles.
     p.whole = tiles;
     p.clusters = config.splits > 1 ? tiles : std::min(slots, tiles);
@@ -143,8 +147,9 @@ NextLaunch next_launch(const GemmDesc& next, const MaxClusters& fit, const GemmC
                        const ScheduleParams& schedule) {
   // Stream-K's CTAs end one after another: the first would take from the last.
   NextLaunch result;
+  if (choice.mode != Mode::kWhole) return result;
   const GemmChoice after = choose(next, fit);
-  if (choice.mode != Mode::kWhole || group_tiles(*after.config) > 1) return result;
+  if (group_tiles(*after.config) > 1) return result;
   result.schedule = heuristics::schedule(next, after, cluster_slots(next, fit, *after.config));
   result.splits = after.config->splits;
   result.ctas = result.schedule.clusters * result.splits;
@@ -164,7 +169,7 @@ int64_t partial_bytes(const GemmConfig& config, const ScheduleParams& schedule) 
 }
 
 int64_t counter_count(const GemmConfig& config, const ScheduleParams& schedule) {
-  return int64_t{schedule.clusters} * cluster_size(config) * kConsumerWarpgroups;
+  return int64_t{schedule.clusters} * cluster_size(config) * kConsumerWarpgroups + kTicketCounters;
 }
 
 }  // namespace spense::heuristics

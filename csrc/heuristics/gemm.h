@@ -48,7 +48,7 @@ inline constexpr int kMaxSplits = 4;
 inline constexpr int kWStageBytes = format::kSparseUnitBytes;
 
 // The consumers, and a warpgroup of which two warps load; it hands its registers to the consumers.
-constexpr int threads(const GemmConfig&) { return kConsumerWarpgroups * 128 + 128; }
+inline constexpr int kThreads = (kConsumerWarpgroups + 1) * 128;
 constexpr int cluster_size(const GemmConfig& c) { return c.cluster_rows * c.splits; }
 // Token groups of 8 of a tile that each of the CTAs finishes that split its K.
 constexpr int own_groups(const GemmConfig& c) { return (c.tokens / 8 + c.splits - 1) / c.splits; }
@@ -151,6 +151,8 @@ NextLaunch next_launch(const GemmDesc& next, const MaxClusters& fit, const GemmC
 
 // Room that a launch needs for sums that are exchanged or put together, and its counters.
 int64_t partial_bytes(const GemmConfig& config, const ScheduleParams& schedule);
+// Behind a counter for each consumer warpgroup one gives out whole tiles (by_tickets).
+inline constexpr int kTicketCounters = 1;
 int64_t counter_count(const GemmConfig& config, const ScheduleParams& schedule);
 
 }  // namespace spense::heuristics

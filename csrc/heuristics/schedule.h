@@ -3,10 +3,13 @@
 // share this file, so that tests on the host see what the kernel does.
 //
 // A group is the kGroup row tiles that the CTAs of a cluster work on side by side. K goes in
-// steps of 256 columns (one sparse unit or up to two dense ones), which all tiles of a group share.
-// Work is counted in 4096-byte blocks of the tile stream: a sparse unit 5, a dense unit 4.
+// steps of 256 columns (one sparse unit or up to two dense ones), which all tiles of a group take
+// in the same order (Walk). Work is counted in 4096-byte blocks of the tile stream: a sparse unit
+// 5, a dense unit 4.
 //
-//   tiles [0, whole)     dealt round robin, each computed by one cluster, after its stream part
+//   tiles [0, whole)     each computed by one cluster, after its stream part: the first in the
+//   order
+//                        of clusters, the others round robin, or by tickets to whoever is free
 //   tiles [whole, all)   stream-K: laid end to end and cut into equal numbers of blocks, one piece
 //                        a cluster; a cut is moved to the next step, or to the tile's edge when
 //                        that is at most `snap` blocks away
@@ -39,7 +42,13 @@ struct ScheduleParams {
   int32_t whole = 0;
   int32_t snap = 0;
   int32_t skew = 0;  // 1/1024: how much less of the stream the last cluster gets than the first
+  int32_t back = 0;  // 1/1024: share of the steps that are taken from the end of K (Walk)
 };
+
+// Whether places in the stream can be counted.
+constexpr bool streamable(const ScheduleParams& p) {
+  return int64_t{p.token_tiles} * p.stream_blocks <= INT32_MAX;
+}
 
 SPENSE_HD constexpr int32_t steps_of(int32_t k_blocks) { return (k_blocks + 1) / 2; }
 
@@ -50,13 +59,41 @@ SPENSE_HD constexpr int32_t blocks_of_steps(int32_t step, int32_t sparse_units, 
   return kSparseBlocks * sparse_units + kDenseBlocks * (columns_end - 2 * sparse_units);
 }
 
-// How much of the stream the first c clusters get, relative to c = clusters. CTAs start one after
-// another, as those of the kernel ahead leave; the last have the least time.
-SPENSE_HD constexpr int64_t cumulative_share(int32_t c, int32_t clusters, int32_t skew) {
-  return static_cast<int64_t>(c) * (2048 * int64_t{clusters} + skew * int64_t{clusters - c});
+// Whole tiles behind the first of each cluster go to whoever is free: not every multiprocessor gets
+// the same share of the bandwidth.
+SPENSE_HD constexpr bool by_tickets(const ScheduleParams& p, int32_t cluster_ctas) {
+  return cluster_ctas == 1 && p.whole > p.clusters;
 }
 
-// A range of steps of one output tile.
+// The order in which a tile's steps are taken. Sparse columns come first in K and ask for more
+// bytes in the time of their multiplication than dense ones, so large tiles take steps from both
+// ends: `back` of 1024 from the last one backwards, spread evenly between those from the first one
+// on.
+struct Walk {
+  int32_t steps = 0, back = 0;
+
+  SPENSE_HD constexpr int32_t backs(int32_t turn) const { return turn * back / 1024; }
+  // The step taken at a turn.
+  SPENSE_HD constexpr int32_t step(int32_t turn) const {
+    const int32_t behind = backs(turn + 1);
+    return behind != backs(turn) ? steps - behind : turn - behind;
+  }
+  // Blocks of the first `turn` steps taken.
+  SPENSE_HD constexpr int32_t blocks(int32_t turn, int32_t sparse_units, int32_t k_blocks) const {
+    const int32_t behind = backs(turn);
+    return blocks_of_steps(turn - behind, sparse_units, k_blocks) +
+           blocks_of_steps(steps, sparse_units, k_blocks) -
+           blocks_of_steps(steps - behind, sparse_units, k_blocks);
+  }
+};
+
+// How much of the stream the first c clusters get, relative to c = clusters. CTAs start one after
+// another, as those of the kernel ahead leave; the last have the least time.
+SPENSE_HD constexpr int32_t cumulative_share(int32_t c, int32_t clusters, int32_t skew) {
+  return c * (2048 * clusters + skew * (clusters - c));
+}
+
+// A range of one output tile's steps, by the turns of the walk.
 struct Segment {
   int32_t group = 0, token_tile = 0;
   int32_t step_begin = 0, step_end = 0;
@@ -66,8 +103,8 @@ struct Segment {
 };
 
 // Where the partial sums of a segment go: each cluster has two places.
-SPENSE_HD constexpr int32_t partial_slot(int32_t cluster, bool holds_step_zero) {
-  return 2 * cluster + (holds_step_zero ? 1 : 0);
+SPENSE_HD constexpr int32_t partial_slot(int32_t cluster, bool holds_first_step) {
+  return 2 * cluster + (holds_first_step ? 1 : 0);
 }
 
 // Table gives the tile table: blocks_before(row_tile), sparse_units(row_tile), and
@@ -83,16 +120,22 @@ class Schedule {
         cluster_(cluster),
         split_(split),
         splits_(splits),
-        steps_(steps_of(params.k_blocks)) {
+        steps_(steps_of(params.k_blocks)),
+        walk_{steps_, params.back} {
     groups_ = (p_.row_tiles + kGroup - 1) / kGroup;
-    whole_next_ = cluster;
-    stream_total_ = static_cast<int64_t>(p_.token_tiles) * p_.stream_blocks;
+    stream_total_ = p_.token_tiles * p_.stream_blocks;
     if (p_.whole < groups_ * p_.token_tiles) start_stream();
   }
 
   // The next segment of this cluster, or false. The stream part comes first, so that its sums are
   // put together while other work goes on.
   SPENSE_HD bool next(Segment& out) {
+    return next(out, [this] { return following(); });
+  }
+  SPENSE_HD int32_t following() const { return tile_ + p_.clusters; }
+  // The same; take() says which whole tile comes after the first.
+  template <class Take>
+  SPENSE_HD bool next(Segment& out, Take take) {
     while (in_stream_) {
       const int32_t begin = step_, end = cut(stream_end_ - position_);
       if (begin < end) {
@@ -107,9 +150,9 @@ class Schedule {
       }
       if (begin < end) return true;
     }
-    if (whole_next_ >= p_.whole) return false;
-    place(whole_next_);
-    whole_next_ += p_.clusters;
+    tile_ = tile_ < 0 ? cluster_ : take();
+    if (tile_ >= p_.whole) return false;
+    place(tile_);
     out = Segment{group_, token_, 0, steps_, cluster_, cluster_};
     narrow(out);
     return true;
@@ -136,36 +179,35 @@ class Schedule {
   }
 
   // --- the stream part ---
-  SPENSE_HD int64_t blocks_before_tile(int32_t tile) {
+  SPENSE_HD int32_t blocks_before_tile(int32_t tile) {
     if (tile == 0) return 0;
     place(tile);
-    return static_cast<int64_t>(band_start_) * p_.stream_blocks +
-           static_cast<int64_t>(band_width(band_start_)) * group_begin(group_) +
-           static_cast<int64_t>(token_ - band_start_) * group_blocks(group_);
+    return band_start_ * p_.stream_blocks + band_width(band_start_) * group_begin(group_) +
+           (token_ - band_start_) * group_blocks(group_);
   }
-  SPENSE_HD int64_t raw_cut(int32_t cluster) const {
-    const auto share = [&](int32_t c) {
-      return static_cast<double>(cumulative_share(c, p_.clusters, p_.skew));
-    };
-    const double length = static_cast<double>(stream_total_ - stream_begin_);
-    return stream_begin_ + static_cast<int64_t>(length * (share(cluster) / share(p_.clusters)));
+  // A CTA cannot ask for its first weights before it knows its cuts: single precision will do, as
+  // all CTAs compute the same.
+  SPENSE_HD float share(int32_t cluster) const {
+    return static_cast<float>(cumulative_share(cluster, p_.clusters, p_.skew));
+  }
+  SPENSE_HD int32_t raw_cut(int32_t cluster) const {
+    if (cluster >= p_.clusters) return stream_total_;
+    return stream_begin_ + static_cast<int32_t>(blocks_per_share_ * share(cluster));
   }
   SPENSE_HD void start_stream() {
     stream_begin_ = blocks_before_tile(p_.whole);
+    blocks_per_share_ = static_cast<float>(stream_total_ - stream_begin_) / share(p_.clusters);
     stream_end_ = raw_cut(cluster_ + 1);
-    const int64_t begin = raw_cut(cluster_);
+    const int32_t begin = raw_cut(cluster_);
     in_stream_ = true;
-    const int64_t band_blocks = static_cast<int64_t>(p_.band) * p_.stream_blocks;
-    const int32_t band = static_cast<int32_t>(begin / band_blocks);
+    const int32_t band_blocks = p_.band * p_.stream_blocks, band = begin / band_blocks;
     band_start_ = band * p_.band;
-    const int32_t width = band_width(band_start_);
-    const int64_t inside = begin - band * band_blocks;
+    const int32_t width = band_width(band_start_), inside = begin - band * band_blocks;
     group_ = table_.find(groups_, width, inside);
     blocks_ = group_blocks(group_);
-    const int64_t behind = inside - static_cast<int64_t>(width) * group_begin(group_);
-    const int32_t column = static_cast<int32_t>(behind / blocks_);
+    const int32_t behind = inside - width * group_begin(group_), column = behind / blocks_;
     token_ = band_start_ + column;
-    position_ = begin - (behind - static_cast<int64_t>(column) * blocks_);
+    position_ = begin - (behind - column * blocks_);
     step_ = cut(begin - position_);
     if (step_ == steps_) advance();
   }
@@ -186,22 +228,23 @@ class Schedule {
       blocks_ = group_blocks(group_);
     }
   }
-  SPENSE_HD int32_t blocks_until(int32_t step) const {
+  SPENSE_HD int32_t blocks_until(int32_t turn) const {
     int32_t sum = 0;
     for (int r = 0; r < kGroup; ++r) {
       const int32_t tile = group_ * kGroup + r;
-      if (tile < p_.row_tiles) sum += blocks_of_steps(step, table_.sparse_units(tile), p_.k_blocks);
+      if (tile < p_.row_tiles) sum += walk_.blocks(turn, table_.sparse_units(tile), p_.k_blocks);
     }
     return sum;
   }
   // The step at which a cut `offset` blocks behind the start of the current tile falls.
-  SPENSE_HD int32_t cut(int64_t offset) const {
+  SPENSE_HD int32_t cut(int32_t offset) const {
     if (offset <= p_.snap) return 0;
     if (offset >= blocks_ - p_.snap) return steps_;
     return first_step(offset);
   }
   // The first step that begins at least `offset` blocks behind the start of the tile.
-  SPENSE_HD int32_t first_step(int64_t offset) const {
+  SPENSE_HD int32_t first_step(int32_t offset) const {
+    if (kGroup == 1 && p_.back == 0) return step_at(offset, table_.sparse_units(group_));
     int32_t low = 0, high = steps_;  // blocks_until(low) < offset <= blocks_until(high)
     while (high - low > 1) {
       const int32_t middle = (low + high) / 2;
@@ -213,24 +256,30 @@ class Schedule {
     }
     return high;
   }
+  // The same for one tile in the order of K.
+  SPENSE_HD int32_t step_at(int32_t offset, int32_t sparse_units) const {
+    const int32_t dense = offset - kSparseBlocks * sparse_units;
+    if (dense <= 0) return (offset + kSparseBlocks - 1) / kSparseBlocks;
+    return min(steps_, sparse_units + (dense + kMaxStepBlocks - 1) / kMaxStepBlocks);
+  }
   // Keeps one part of a segment, all of about equal blocks; it may be empty.
   SPENSE_HD void narrow(Segment& out) const {
     if (splits_ == 1) return;
     const int32_t begin = out.step_begin, before = blocks_until(begin);
-    const int64_t blocks = blocks_until(out.step_end) - before;
+    const int32_t blocks = blocks_until(out.step_end) - before;
     if (split_ > 0) out.step_begin = first_step(before + blocks * split_ / splits_);
     if (split_ + 1 < splits_) {
       out.step_end = first_step(before + blocks * (split_ + 1) / splits_);
     }
   }
   // The last cluster whose raw cut is at most `position`.
-  SPENSE_HD int32_t owner(int64_t position) const {
-    int32_t cluster = static_cast<int32_t>(static_cast<float>(position - stream_begin_) /
-                                           static_cast<float>(stream_total_ - stream_begin_) *
-                                           static_cast<float>(p_.clusters));
-    while (cluster + 1 < p_.clusters && raw_cut(cluster + 1) <= position) ++cluster;
+  SPENSE_HD int32_t owner(int32_t position) const {
+    const int32_t last = p_.clusters - 1;
+    const float shares = static_cast<float>(position - stream_begin_) / blocks_per_share_;
+    int32_t cluster = min(last, static_cast<int32_t>(shares / share(1)));
+    while (cluster < last && raw_cut(cluster + 1) <= position) ++cluster;
     while (cluster > 0 && raw_cut(cluster) > position) --cluster;
-    return cluster < p_.clusters - 1 ? cluster : p_.clusters - 1;
+    return cluster;
   }
   SPENSE_HD void find_contributors(Segment& out) const {
     // Cuts up to `snap` blocks into the tile fall on step 0; these on a step before the end:
@@ -241,11 +290,14 @@ class Schedule {
 
   ScheduleParams p_;
   Table table_;
-  int32_t cluster_, split_, splits_, steps_, groups_;
-  int32_t whole_next_;
+  int32_t cluster_, split_, splits_, steps_;
+  Walk walk_;
+  int32_t groups_;
+  int32_t tile_ = -1;  // the whole tile dealt last
   bool in_stream_ = false;
-  int64_t stream_total_, stream_begin_ = 0, stream_end_ = 0;
-  int64_t position_ = 0;                            // blocks before the current tile
+  int32_t stream_total_, stream_begin_ = 0, stream_end_ = 0;
+  float blocks_per_share_ = 0;
+  int32_t position_ = 0;                            // blocks before the current tile
   int32_t band_start_ = 0, group_ = 0, token_ = 0;  // of the current tile
   int32_t blocks_ = 0, step_ = 0;                   // its blocks, the first step to do
 };

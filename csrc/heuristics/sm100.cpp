@@ -110,6 +110,7 @@ ScheduleParams schedule(const GemmDesc& desc, const Config& config, int slots) {
   if (config.tokens > 64) {  // bound by the tensor cores: whole tiles, and stream-K for the rest
     p.whole = tiles % p.clusters == 0 ? tiles : std::max(0, tiles / p.clusters - 1) * p.clusters;
   }
+  if (!streamable(p)) p.whole = tiles;
   if (p.whole < tiles) {
     // Every piece holds at least one step, also after both its cuts moved.
     const int64_t stream = p.whole == 0 ? int64_t{p.stream_blocks} * p.token_tiles

@@ -9,8 +9,7 @@
 // Persistent CTAs, one a multiprocessor:
 //   warps 0-3, 4-7   consumers, 64 rows of the CTA's tile or a tile each: multiply, combine, store
 //   warp 8           weights: walks the heuristics::Schedule, tells the others (JobRing), and
-//   copies
-//                    units, which starts before the kernel ahead has finished
+//                    copies units, which starts before the kernel ahead has finished
 //   warp 9           activations: tensor copies, shared by the CTAs of the cluster
 #pragma once
 
@@ -55,6 +54,28 @@ __device__ __forceinline__ void sync_cluster() {
   }
 }
 
+// Gives out the whole tiles behind the first of each CTA. The counter is back to 0 when every CTA
+// has been told that there are no more; the kernel ahead may use it till its end. Not for clusters
+// of several CTAs.
+class Tickets {
+ public:
+  __device__ explicit Tickets(const Params& p) : p_(p) {}
+
+  __device__ int take() {
+    if (!waited_) ptx::grid_dependency_wait();
+    waited_ = true;
+    const heuristics::ScheduleParams& s = p_.schedule;
+    uint32_t* counter = p_.counters + s.clusters * heuristics::kConsumerWarpgroups;
+    uint32_t ticket = 0;
+    if (ptx::lane_id() == 0) ticket = ptx::atomic_ticket(counter, s.whole - 1);
+    return s.clusters + static_cast<int>(__shfl_sync(~0u, ticket, 0));
+  }
+
+ private:
+  const Params& p_;
+  bool waited_ = false;
+};
+
 template <class T>
 __device__ __forceinline__ void load_weights(const Params& p, uint32_t smem, JobRing<T>& jobs,
                                              int cluster, int row, int split) {
@@ -64,7 +85,10 @@ __device__ __forceinline__ void load_weights(const Params& p, uint32_t smem, Job
                                                              T::kSplits);
   heuristics::Segment segment;
   WeightLoader<T> loader(p, smem);
-  while (schedule.next(segment)) {
+  const bool by_tickets = heuristics::by_tickets(p.schedule, T::kClusterSize);
+  Tickets tickets(p);
+  const auto following = [&] { return by_tickets ? tickets.take() : schedule.following(); };
+  while (schedule.next(segment, following)) {
     loader.load(segment.group * kGroup + row * T::kRowTiles, segment, jobs);
   }
   loader.finish();
@@ -108,8 +132,9 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
       writer[part].start(p, smem, warpgroup, token0 + split * T::kOwnTokens, token_end,
                          row0 + part * T::kPartRows);
     }
-    const int sparse = T::kRowTiles == 2 && warpgroup == 1 ? work.sparse[1] : work.sparse[0];
-    multiplier.run(sums, sparse, work.x_end - work.x_begin - 2 * sparse);
+    const int sparse_units = work.sparse_units[T::kRowTiles == 2 && warpgroup == 1 ? 1 : 0];
+    multiplier.run(sums, walk_of(p.schedule), work.begin, work.end, sparse_units,
+                   p.schedule.k_blocks);
     const Job job = jobs.read();  // again, so that it takes no registers meanwhile
     jobs.done();
     if constexpr (T::kSplits > 1) {
@@ -129,7 +154,8 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
 }
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1) hybrid_gemm(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(T::kThreads, T::kShares ? 2 : 1)
+    hybrid_gemm(const __grid_constant__ Params p) {
   const uint32_t smem = ptx::dynamic_smem();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const WarpRole role = warp < 8    ? WarpRole::kConsumer
@@ -140,12 +166,15 @@ __global__ void __launch_bounds__(T::kThreads, 1) hybrid_gemm(const __grid_const
   const int split = blockIdx.x % T::kClusterSize / T::kClusterRows;
 
   ptx::grid_launch_dependents();
+  int32_t touched = 0;
+  if (role == WarpRole::kWeights) touched = device::touch(p.tiles, p.schedule.row_tiles);
   if (role == WarpRole::kWeights && ptx::lane_id() == 0) {
     if (smem % 1024 != 0) __trap();
     init_barriers<T>(smem);
   }
   if (role == WarpRole::kActivations && ptx::lane_id() == 0) ptx::prefetch_tensor_map(&p.x_map);
   sync_cluster<T>();
+  if (touched < 0) __trap();
 
   JobRing<T> jobs(smem);
   if (role == WarpRole::kConsumer) {

@@ -74,10 +74,8 @@ void launch(const heuristics::GemmChoice& choice, const heuristics::SchedulePara
                 reinterpret_cast<uintptr_t>(args.y) % kWideStore == 0;
   p.schedule = schedule;
   p.w_window = heuristics::w_window(choice);
-  p.ahead_bytes = heuristics::kAheadBytes;
   if (next.ctas > 0) {
-    p.next = {args.next.w, reinterpret_cast<const int4*>(args.next.tiles), heuristics::kNextBytes,
-              next};
+    p.next = {args.next.w, reinterpret_cast<const int4*>(args.next.tiles), next};
   }
   p.staged = heuristics::staged(config) && p.wide_rows && args.out != OutType::kFloat32;
   if (p.staged) {

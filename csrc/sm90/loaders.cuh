@@ -32,6 +32,10 @@ struct Cursor {
   }
 };
 
+__device__ __forceinline__ heuristics::Walk walk_of(const heuristics::ScheduleParams& p) {
+  return heuristics::Walk{heuristics::steps_of(p.k_blocks), p.back};
+}
+
 // Hands segments from the weight warp to the other warps of the CTA.
 template <class T>
 class JobRing {
@@ -44,8 +48,9 @@ class JobRing {
     __syncwarp();  // a lane that lags here could miss two phases
     if (ptx::lane_id() == 0) {
       const uint32_t to = smem_ + T::kJobs + at_.slot * heuristics::kJobBytes;
-      ptx::store_shared_v4(to, make_uint4(job.row_tile, job.token_tile, job.x_begin, job.x_end));
-      ptx::store_shared_v4(to + 16, make_uint4(job.first, job.last, job.sparse[0], job.sparse[1]));
+      ptx::store_shared_v4(to, make_uint4(job.row_tile, job.token_tile, job.begin, job.end));
+      ptx::store_shared_v4(
+          to + 16, make_uint4(job.first, job.last, job.sparse_units[0], job.sparse_units[1]));
       ptx::barrier_arrive(smem_ + T::kJobFull + 8 * at_.slot);
     }
     at_.advance();
@@ -89,41 +94,35 @@ class WeightLoader {
   // tiles of the last group repeat the last tile; their rows lie beyond n.
   __device__ void load(int row_tile, const heuristics::Segment& s, JobRing<T>& jobs) {
     const int k_blocks = p_.schedule.k_blocks;
-    Job job{row_tile,
-            s.token_tile,
-            min(2 * s.step_begin, k_blocks),
-            min(2 * s.step_end, k_blocks),
-            s.first,
-            s.last,
-            {0, 0}};
+    const heuristics::Walk walk = walk_of(p_.schedule);
+    Job job{row_tile, s.token_tile, s.step_begin, s.step_end, s.first, s.last, {0, 0}};
     Tile tiles[T::kRowTiles];
 #pragma unroll
     for (int t = 0; t < T::kRowTiles; ++t) {
       tiles[t] = Tile(p_.w, p_.tiles, min(row_tile + t, p_.schedule.row_tiles - 1));
-      const int sparse = tiles[t].sparse_units;
-      job.sparse[t] = min(s.step_end, sparse) - min(s.step_begin, sparse);
+      job.sparse_units[t] = tiles[t].sparse_units;
     }
     jobs.put(job);
-    for (int step = s.step_begin; step < s.step_end; ++step) {
+#pragma unroll 1
+    for (int turn = s.step_begin; turn < s.step_end; ++turn) {
+      const int step = walk.step(turn);
 #pragma unroll
       for (int t = 0; t < T::kRowTiles; ++t) {
+        // One call, as it is much code: a CTA that starts late waits for its instructions.
+        const bool sparse = step < tiles[t].sparse_units;
+        const int units = sparse ? 1 : min(2, k_blocks - 2 * step);
+        const uint32_t bytes = sparse ? kSparseUnitBytes : kDenseUnitBytes;
         const uint8_t* unit = tiles[t].unit(step);
-        if (step < tiles[t].sparse_units) {
-          put(t, unit, kSparseUnitBytes);
-        } else {
-          put(t, unit, kDenseUnitBytes);
-          if (2 * step + 1 < k_blocks) put(t, unit + kDenseUnitBytes, kDenseUnitBytes);
-        }
+#pragma unroll 1
+        for (int i = 0; i < units; ++i) put(t, unit + i * bytes, bytes);
       }
     }
   }
 
   // After the last segment: begins with what the next launch will load first.
   __device__ void finish() const {
-    const uint8_t* next = issued_ > T::kWSlots ? next_ : next_launch();
-    if (next == nullptr) return;
-    prefetch(next, p_.next.w + int64_t{p_.next.launch.schedule.stream_blocks} * format::kBlockBytes,
-             p_.next.bytes);
+    if (next_ == nullptr) return;
+    prefetch(next_, p_.next.w, p_.next.launch.schedule, heuristics::kNextBytes);
   }
 
  private:
@@ -167,7 +166,7 @@ class WeightLoader {
   // With the rings full for the first time there is nothing else to do until the kernel ahead is
   // done: brings some more into L2 and finds where the next launch will begin.
   __device__ void look_ahead(const uint8_t* unit) {
-    prefetch(unit, p_.w + int64_t{p_.schedule.stream_blocks} * format::kBlockBytes, p_.ahead_bytes);
+    prefetch(unit, p_.w, p_.schedule, heuristics::kAheadBytes);
     next_ = next_launch();
   }
   __device__ const uint8_t* next_launch() const {
@@ -181,12 +180,16 @@ class WeightLoader {
         launch.schedule, table, cta / launch.splits, cta % launch.splits, launch.splits);
     heuristics::Segment s;
     if (!schedule.next(s)) return nullptr;
-    return Tile(next.w, next.tiles, s.group).unit(s.step_begin) +
+    const int step = walk_of(launch.schedule).step(s.step_begin);
+    return Tile(next.w, next.tiles, s.group).unit(step) +
            (cta < launch.early ? launch.early_bytes : 0);
   }
 
-  __device__ static void prefetch(const uint8_t* from, const uint8_t* end, int bytes) {
+  // Up to `bytes` of a tile stream that begins at w.
+  __device__ static void prefetch(const uint8_t* from, const uint8_t* w,
+                                  const heuristics::ScheduleParams& schedule, int bytes) {
     constexpr int kPiece = 16 * 1024;
+    const uint8_t* end = w + int64_t{schedule.stream_blocks} * format::kBlockBytes;
     if (ptx::lane_id() != 0) return;
     for (int i = 0; i < bytes && from + i + kPiece <= end; i += kPiece) {
       ptx::bulk_prefetch_l2(from + i, kPiece);
@@ -212,7 +215,13 @@ class ActivationLoader {
 
   __device__ void load(const Job& job) {
     const int row = job.token_tile * T::kTokens + static_cast<int>(row_) * T::kXBoxTokens;
-    for (int block = job.x_begin; block < job.x_end; ++block) put(block * kRowBytes, row);
+    const int k_blocks = p_.schedule.k_blocks;
+    const heuristics::Walk walk = walk_of(p_.schedule);
+    for (int turn = job.begin; turn < job.end; ++turn) {
+      const int block = 2 * walk.step(turn);
+      put(block * kRowBytes, row);
+      if (block + 1 < k_blocks) put((block + 1) * kRowBytes, row);
+    }
   }
 
  private:

@@ -8,9 +8,10 @@
 namespace spense::sm90 {
 
 // One consumer warpgroup. With one row tile a CTA it multiplies 64 of its rows, with two it has a
-// tile for itself. It works block by block of x: the instructions of a block are one group, and
-// while they run the next block's barriers and metadata are read and the block before is given
-// back. That keeps a slot of x no longer than its latency and two blocks' work.
+// tile for itself. It works block by block of x: the instructions of a block are one group. With
+// kPromote it waits for each; else the next block's barriers and metadata are read meanwhile and
+// the block before is given back, which keeps a slot of x no longer than its latency and two
+// blocks' work.
 template <class T>
 class Multiplier {
  public:
@@ -36,21 +37,27 @@ class Multiplier {
     second_word_ = lane / 2 % 2 != 0;
   }
 
-  // sums = the segment's part of the tile. Every slot is given back when it returns.
-  __device__ void run(Sums sums, int sparse, int dense) {
+  // sums = the part of the tile that the turns [begin, end) of the walk make up. Every slot is
+  // given back when it returns.
+  __device__ void run(Sums sums, const heuristics::Walk& walk, int begin, int end, int sparse_units,
+                      int k_blocks) {
     inside_ = false;
-    if (T::kPromote || (T::kSplits > 1 && sparse + dense == 0)) clear(sums);
+    if (T::kPromote || (T::kSplits > 1 && begin == end)) clear(sums);
     uint32_t first[T::kParts][2] = {}, second[T::kParts][2] = {};
-    for (; sparse > 0; --sparse) {
-      ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
-      sparse_block<0>(sums, first, second);
-      sparse_block<1>(sums, second, first);
-      w_.advance();
-    }
-    for (; dense > 0; --dense) {
-      ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
-      dense_block(sums);
-      w_.advance();
+    for (int turn = begin; turn < end; ++turn) {
+      const int step = walk.step(turn);
+      if (step < sparse_units) {
+        ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
+        sparse_block<0>(sums, first, second);
+        sparse_block<1>(sums, second, first);
+        w_.advance();
+      } else {
+        for (int block = 2 * step; block < min(2 * step + 2, k_blocks); ++block) {
+          ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
+          dense_block(sums);
+          w_.advance();
+        }
+      }
     }
     if constexpr (!T::kPromote) {
       ptx::mma_wait<0>();
@@ -166,6 +173,7 @@ class Multiplier {
   // Gives back the block of x that was under way, and its unit of w when that ends with it.
   __device__ __forceinline__ void release() {
     if (!under_way_) return;
+    __syncwarp();  // all lanes have read their metadata
     if (ends_unit_) {
       arrive<1>(w_empty_ + 8 * w_done_.slot, 0);
       w_done_.advance();

@@ -17,7 +17,6 @@ namespace spense::sm90 {
 struct NextWeights {
   const uint8_t* w;   // tile stream, or null
   const int4* tiles;  // its w_tiles
-  int32_t bytes;      // for each CTA
   heuristics::NextLaunch launch;
 };
 
@@ -33,14 +32,13 @@ struct Params {
   void* y;               // [m, n]
   float* partials;       // [2 * CTAs, 128 * tokens]
   float* exchange;       // sums on their way between CTAs that split K
-  uint32_t* counters;    // [CTAs, 2], zero between launches
+  uint32_t* counters;    // [CTAs, 2] and one for tickets, zero between launches
   uint64_t w_policy;     // L2 policy of the weights
   int32_t x_scale_step, m, n;
   OutType out;
-  bool wide_rows;       // rows of y begin at 16-byte boundaries
-  bool staged;          // y is written through shared memory and y_map
-  int32_t w_window;     // units on their way at a time
-  int32_t ahead_bytes;  // that the weight warp brings into L2 when its ring is full
+  bool wide_rows;    // rows of y begin at 16-byte boundaries
+  bool staged;       // y is written through shared memory and y_map
+  int32_t w_window;  // units on their way at a time
   heuristics::ScheduleParams schedule;
   NextWeights next;
 };

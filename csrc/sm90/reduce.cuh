@@ -135,7 +135,7 @@ class Combiner {
       add_all(job, cluster_, sums);
       return true;
     }
-    store(place(cluster_, job.x_begin == 0), sums);
+    store(place(cluster_, job.begin == 0), sums);
     ptx::named_barrier_sync(1 + warpgroup_, 128);
     // Ordered after every store of the warpgroup by the barrier. Back to 0 after the last.
     if (share([&] { return ptx::atomic_ticket(counter, others); }) != others) return false;

@@ -21,9 +21,9 @@ enum class WarpRole { kConsumer, kWeights, kActivations, kIdle };
 // What the weight warp tells the others about a segment, through a ring in shared memory.
 struct alignas(16) Job {
   int32_t row_tile, token_tile;  // the CTA's first row tile; < 0: there is no more work
-  int32_t x_begin, x_end;        // blocks of 128 columns of x
+  int32_t begin, end;            // turns of the walk through K
   int32_t first, last;           // clusters that share the tile
-  int32_t sparse[2];             // sparse units of each row tile; its other blocks are dense units
+  int32_t sparse_units[2];       // of each row tile; its other columns are dense units
 };
 static_assert(sizeof(Job) == heuristics::kJobBytes);
 
@@ -45,14 +45,17 @@ struct Traits {
 
   static constexpr int kJobStages = heuristics::kJobStages;
 
-  static constexpr int kThreads = heuristics::threads(kConfig);
+  static constexpr int kThreads = heuristics::kThreads;
   static constexpr int kConsumerThreads = heuristics::kConsumerWarpgroups * 128;
   static constexpr int kPartRows = 64;  // wgmma's M
   // Parts of 64 rows that a consumer warpgroup multiplies, and of the tile that it works on.
   static constexpr int kParts = row_tiles;
-  // Registers of a thread after the loaders' warpgroup has handed over.
-  static constexpr int kLoaderRegisters = 56, kConsumerRegisters = 224;
-  static_assert(kLoaderRegisters + 2 * kConsumerRegisters <= 65536 / 128);
+  // Registers of a thread after the loaders' warpgroup has handed over. Small tiles leave half of
+  // them to the small kernels around them, which then start beside this one, not behind it.
+  static constexpr bool kShares = tokens <= 64;
+  static constexpr int kLoaderRegisters = kShares ? 48 : 56;
+  static constexpr int kConsumerRegisters = kShares ? 96 : 224;
+  static_assert(kLoaderRegisters + 2 * kConsumerRegisters <= 65536 / 128 / (kShares ? 2 : 1));
   static constexpr int kSums = tokens / 2;  // accumulator registers of a thread and part
   // Of a tile whose K several CTAs split each finishes these tokens.
   static constexpr int kOwnTokens = 8 * heuristics::own_groups(kConfig), kOwnSums = kOwnTokens / 2;

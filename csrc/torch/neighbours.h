@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks of rms_norm_quantize, add_rms_norm_quantize, silu_mul_quantize and gelu_mul_quantize, the
-// same on every device; save what takes reading gather.
+// rms_norm_quantize, add_rms_norm_quantize, silu_mul_quantize and gelu_mul_quantize: checks and
+// bodies, the same on every device; save what takes reading gather.
 #pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
 
 #include "core/activation.h"
 #include "torch/common.h"
@@ -44,5 +48,63 @@ inline Activation gelu_kind(const char* op, const std::string& approximate) {
   if (approximate == "none") return Activation::kGeluErf;
   Arg{op, "approximate"}.fail("expected none or tanh, got ", approximate);
 }
+
+// The ops. Rows(x, gather) holds the outputs x8() and scale of a call on one device, and brings
+//   norm(weight, eps, unit_offset)                  runs it
+//   add_norm(residual, weight, eps, unit_offset)    runs it and returns the sum
+//   gated(up, activation)                           runs it
+template <class Rows>
+struct NeighbourOps {
+  static std::tuple<Tensor, Tensor> rms_norm_quantize(const Tensor& x, const Tensor& weight,
+                                                      std::optional<Tensor> gather, double eps,
+                                                      bool unit_offset) {
+    const TensorArg x_arg = SPENSE_ARG("rms_norm_quantize", x);
+    check_norm(x_arg, std::nullopt, weight, gather, eps);
+    const Rows rows(x_arg, gather);
+    rows.norm(weight, static_cast<float>(eps), unit_offset);
+    return {rows.x8(), rows.scale};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> add_rms_norm_quantize(const Tensor& x,
+                                                                  const Tensor& residual,
+                                                                  const Tensor& weight,
+                                                                  std::optional<Tensor> gather,
+                                                                  double eps, bool unit_offset) {
+    const TensorArg x_arg = SPENSE_ARG("add_rms_norm_quantize", x);
+    check_norm(x_arg, residual, weight, gather, eps);
+    const Rows rows(x_arg, gather);
+    Tensor sum = rows.add_norm(residual, weight, static_cast<float>(eps), unit_offset);
+    return {rows.x8(), rows.scale, sum};
+  }
+
+  static std::tuple<Tensor, Tensor> silu_mul_quantize(const Tensor& gate, const Tensor& up,
+                                                      std::optional<Tensor> gather) {
+    return gated(SPENSE_ARG("silu_mul_quantize", gate), up, gather, Activation::kSilu);
+  }
+
+  static std::tuple<Tensor, Tensor> gelu_mul_quantize(const Tensor& gate, const Tensor& up,
+                                                      std::optional<Tensor> gather,
+                                                      std::string approximate) {
+    constexpr const char* op = "gelu_mul_quantize";
+    return gated(SPENSE_ARG(op, gate), up, gather, gelu_kind(op, approximate));
+  }
+
+  static void register_in(auto& m) {
+    m.impl("rms_norm_quantize", TORCH_BOX(&NeighbourOps::rms_norm_quantize));
+    m.impl("add_rms_norm_quantize", TORCH_BOX(&NeighbourOps::add_rms_norm_quantize));
+    m.impl("silu_mul_quantize", TORCH_BOX(&NeighbourOps::silu_mul_quantize));
+    m.impl("gelu_mul_quantize", TORCH_BOX(&NeighbourOps::gelu_mul_quantize));
+  }
+
+ private:
+  static std::tuple<Tensor, Tensor> gated(const TensorArg& gate, const Tensor& up,
+                                          const std::optional<Tensor>& gather,
+                                          Activation activation) {
+    check_gated(gate, up, gather);
+    const Rows rows(gate, gather);
+    rows.gated(up, activation);
+    return {rows.x8(), rows.scale};
+  }
+};
 
 }  // namespace spense::ops

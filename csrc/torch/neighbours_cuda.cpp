@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // RMSNorm and gated activations with quantisation, on CUDA: check, allocate, launch.
-#include <tuple>
-
 #include "cuda/neighbours.h"
 #include "torch/cuda_memory.h"
 #include "torch/neighbours.h"
@@ -31,81 +29,47 @@ struct Rows {
     args.scale = mutable_data<float>(scale);
   }
 
+  void norm(const Tensor& weight, float eps, bool unit_offset) const {
+    cuda::norm_quantize(norm_args(weight, eps, unit_offset), scope.stream());
+  }
+  Tensor add_norm(const Tensor& residual, const Tensor& weight, float eps, bool unit_offset) const {
+    Tensor sum = empty_cuda({args.m, args.k}, residual.scalar_type(), residual);
+    cuda::NormArgs all = norm_args(weight, eps, unit_offset);
+    all.residual = residual.const_data_ptr();
+    all.residual_stride = row_stride(residual);
+    all.sum = sum.mutable_data_ptr();
+    cuda::norm_quantize(all, scope.stream());
+    return sum;
+  }
+  void gated(const Tensor& up, Activation activation) const {
+    cuda::GatedArgs all;
+    all.rows = args;
+    all.up = up.const_data_ptr();
+    all.up_stride = row_stride(up);
+    all.activation = activation;
+    cuda::gated_quantize(all, scope.stream());
+  }
+
   Tensor x8() const { return first_columns(padded, args.k); }
 
   DeviceScope scope;
   Tensor padded, scale;
   cuda::QuantizeArgs args;
+
+ private:
+  cuda::NormArgs norm_args(const Tensor& weight, float eps, bool unit_offset) const {
+    cuda::NormArgs all;
+    all.rows = args;
+    all.weight = weight.const_data_ptr();
+    all.float_weight = weight.scalar_type() == ScalarType::Float;
+    all.unit_offset = unit_offset;
+    all.eps = eps;
+    return all;
+  }
 };
-
-cuda::NormArgs norm_args(const Rows& rows, const Tensor& weight, double eps, bool unit_offset) {
-  cuda::NormArgs args;
-  args.rows = rows.args;
-  args.weight = weight.const_data_ptr();
-  args.float_weight = weight.scalar_type() == ScalarType::Float;
-  args.unit_offset = unit_offset;
-  args.eps = static_cast<float>(eps);
-  return args;
-}
-
-std::tuple<Tensor, Tensor> rms_norm_quantize(const Tensor& x, const Tensor& weight,
-                                             std::optional<Tensor> gather, double eps,
-                                             bool unit_offset) {
-  const TensorArg x_arg = SPENSE_ARG("rms_norm_quantize", x);
-  check_norm(x_arg, std::nullopt, weight, gather, eps);
-  const Rows rows(x_arg, gather);
-  cuda::norm_quantize(norm_args(rows, weight, eps, unit_offset), rows.scope.stream());
-  return {rows.x8(), rows.scale};
-}
-
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm_quantize(const Tensor& x, const Tensor& residual,
-                                                         const Tensor& weight,
-                                                         std::optional<Tensor> gather, double eps,
-                                                         bool unit_offset) {
-  const TensorArg x_arg = SPENSE_ARG("add_rms_norm_quantize", x);
-  check_norm(x_arg, residual, weight, gather, eps);
-  const Rows rows(x_arg, gather);
-  Tensor sum = empty_cuda({rows.args.m, rows.args.k}, x.scalar_type(), x);
-  cuda::NormArgs args = norm_args(rows, weight, eps, unit_offset);
-  args.residual = residual.const_data_ptr();
-  args.residual_stride = row_stride(residual);
-  args.sum = sum.mutable_data_ptr();
-  cuda::norm_quantize(args, rows.scope.stream());
-  return {rows.x8(), rows.scale, sum};
-}
-
-std::tuple<Tensor, Tensor> gated(const TensorArg& gate, const Tensor& up,
-                                 const std::optional<Tensor>& gather, Activation activation) {
-  check_gated(gate, up, gather);
-  const Rows rows(gate, gather);
-  cuda::GatedArgs args;
-  args.rows = rows.args;
-  args.up = up.const_data_ptr();
-  args.up_stride = row_stride(up);
-  args.activation = activation;
-  cuda::gated_quantize(args, rows.scope.stream());
-  return {rows.x8(), rows.scale};
-}
-
-std::tuple<Tensor, Tensor> silu_mul_quantize(const Tensor& gate, const Tensor& up,
-                                             std::optional<Tensor> gather) {
-  return gated(SPENSE_ARG("silu_mul_quantize", gate), up, gather, Activation::kSilu);
-}
-
-std::tuple<Tensor, Tensor> gelu_mul_quantize(const Tensor& gate, const Tensor& up,
-                                             std::optional<Tensor> gather,
-                                             std::string approximate) {
-  constexpr const char* op = "gelu_mul_quantize";
-  return gated(SPENSE_ARG(op, gate), up, gather, gelu_kind(op, approximate));
-}
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(spense, CUDA, m) {
-  m.impl("rms_norm_quantize", TORCH_BOX(&rms_norm_quantize));
-  m.impl("add_rms_norm_quantize", TORCH_BOX(&add_rms_norm_quantize));
-  m.impl("silu_mul_quantize", TORCH_BOX(&silu_mul_quantize));
-  m.impl("gelu_mul_quantize", TORCH_BOX(&gelu_mul_quantize));
-}
+STABLE_TORCH_LIBRARY_IMPL(spense, CUDA, m) { NeighbourOps<Rows>::register_in(m); }
 
 }  // namespace spense::ops

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the CUDA row kernels on fibers (fibers/fibers.h).
 //
-//   row_kernels <in> <out> norm|gated m k type stride multiprocessors gather second weight flag eps
+//   row_kernels <in> <out> norm|gated|plain m k type stride multiprocessors gather second weight
+//   flag eps
 //
 // in: x, the second input (residual or up; `second` 1 where there is one), both [m, stride], weight
 // (0: none, 1: type of x, 2: float32) and gather (0, 1), one after the other. `flag`: unit offset
@@ -14,10 +15,11 @@
 
 #include "cuda/gated.cu"
 #include "cuda/norm.cu"
+#include "cuda/quantize.cu"
 
 namespace spense::cuda {
 namespace {
-thread_local float v[kMaxSmem / sizeof(float)] __attribute__((aligned(16)));
+thread_local unsigned char row_memory[kMaxSmem] __attribute__((aligned(16)));
 int multiprocessors;
 }  // namespace
 
@@ -73,6 +75,8 @@ int main(int, char** argv) {
     args.unit_offset = number(12) != 0;
     args.eps = std::strtof(argv[13], nullptr);
     cuda::norm_quantize(args, nullptr);
+  } else if (!second) {
+    cuda::quantize_fp8(rows, nullptr);
   } else {
     cuda::GatedArgs args;
     args.rows = rows;

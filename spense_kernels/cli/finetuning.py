@@ -52,7 +52,6 @@ def run(
     out: Path,
     force: bool,
     text_name: str,
-    max_seconds: float | None = None,
 ) -> dict:
     """Fine-tune, save, and return what `--json` prints."""
     import accelerate
@@ -62,7 +61,7 @@ def run(
     with Bars(indent="") as bars:
         report = finetune(
             student, models.teacher.model, windows, config, accelerator=accelerator,
-            work_dir=work_dir, progress=bars, max_seconds=max_seconds,
+            work_dir=work_dir, progress=bars,
         )  # fmt: skip
     result = {
         "out": str(out),

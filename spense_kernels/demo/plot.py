@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from spense_kernels.demo.report import HEADER, rows
+from spense_kernels.prune.store import write_atomic
 
 INK = "#1f2933"
 GRID = "#d9dee3"
@@ -42,12 +42,9 @@ def write_png(report: dict, path: Path) -> None:
         _draw_errors(figure.add_subplot(grid[0, 1]), report)
         _draw_maps(figure, grid[1, :], report)
         _draw_table(figure.add_subplot(grid[2, :]), report)
-        temporary = path.with_name(path.name + ".tmp")
         try:
-            figure.savefig(temporary, format="png")
-            os.replace(temporary, path)
+            write_atomic(path, lambda file: figure.savefig(file, format="png"))
         finally:
-            temporary.unlink(missing_ok=True)
             plt.close(figure)
 
 

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+
+from spense_kernels.prune.store import write_text
 
 REPORT_VERSION = 1
 
@@ -14,12 +15,7 @@ _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 def write_json(report: dict, path: Path) -> None:
     """Write the report beside `path`, then rename, so that a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(to_text(report), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, to_text(report))
 
 
 def to_text(report: dict) -> str:

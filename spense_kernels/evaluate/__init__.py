@@ -2,7 +2,7 @@
 """Texts, windows, perplexity with its standard error, greedy generation, op counting."""
 
 from spense_kernels.evaluate.generation import generate
-from spense_kernels.evaluate.measure import logits_of, paired_difference, perplexity
+from spense_kernels.evaluate.measure import logit_form, logits_of, paired_difference, perplexity
 from spense_kernels.evaluate.op_count import OpCounter
 from spense_kernels.evaluate.text import Corpus, files, pick, python_docs, windows
 
@@ -11,6 +11,7 @@ __all__ = [
     "OpCounter",
     "files",
     "generate",
+    "logit_form",
     "logits_of",
     "paired_difference",
     "perplexity",

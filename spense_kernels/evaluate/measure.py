@@ -85,7 +85,7 @@ def _mean_and_error(values: list[float]) -> tuple[float, float | None]:
 
 def logits_of(model, hidden: Tensor) -> Tensor:
     """float32 [T, vocabulary] logits of last hidden states [T, D], scaled and capped."""
-    scale, cap = _logit_scale(model.config), getattr(model.config, "final_logit_softcapping", None)
+    scale, cap = logit_form(model.config)
     logits = model.get_output_embeddings()(hidden).float()
     if scale != 1.0:
         logits = logits * scale
@@ -102,8 +102,12 @@ def _token_nll(model, hidden: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _logit_scale(config) -> float:
-    """What Cohere (multiplies) and Granite (divides) do to their logits; 1 elsewhere."""
-    if getattr(config, "logit_scale", None) is not None:
-        return float(config.logit_scale)
-    return 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)
+def logit_form(config) -> tuple[float, float | None]:
+    """(scale, cap) of a model's logits: cap * tanh(scale * output of the head / cap).
+
+    Cohere multiplies, Granite divides, Gemma 2 caps; (1.0, None) for all others.
+    """
+    scale = getattr(config, "logit_scale", None)
+    if scale is None:
+        scale = 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)
+    return float(scale), getattr(config, "final_logit_softcapping", None)

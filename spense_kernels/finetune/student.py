@@ -7,28 +7,38 @@ takes the rounding for the identity.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
+from spense_kernels import ops
 from spense_kernels.errors import PruneError
+from spense_kernels.finetune.fuse import Fused
 from spense_kernels.format import HybridWeight, Split
-from spense_kernels.linear import SpenseLinear
+from spense_kernels.linear import SpenseLinear, rows_of
 
 FP8_MAX = 448.0
 _AMAX_FLOOR = 1e-12
 
 
 class StudentLinear(nn.Module):
-    """y = fp8(x) @ fp8(weight * mask).T + bias with gradients for x and weight.
+    """y = fp8(x) @ fp8(weight).T + bias with gradients for x and weight.
 
     Attributes:
-        weight: float32 Parameter [N, K], zero where pruned.
+        weight: float32 Parameter [N, K], zero where pruned. It stays so: the gradient is zero
+            there, and an optimiser without momentum from elsewhere leaves such a weight alone.
         mask: bool [N, K], True = kept; never changes.
         scale: float32 [N], least scale of every row: where the weights come from FP8 it is theirs,
             so that the first forward pass rounds nothing. A row that grows gets a larger one.
         bias: float32 [N] or None; not trained.
         split: Split of the layer, or None for one that is not going back into a SpenseLinear.
+        compiled: on CUDA, whether torch.compile may fuse what is around the matrix products.
     """
+
+    compiled = False
 
     def __init__(
         self,
@@ -57,7 +67,7 @@ class StudentLinear(nn.Module):
 
     def to_spense(self) -> SpenseLinear:
         """The FP8 layer that computes what this one does."""
-        codes, scale = quantize_rows(self.weight.detach() * self.mask, self.scale)
+        codes, scale = quantize_weight(self.weight.detach() * self.mask, self.scale)
         codes = codes.view(torch.uint8)
         codes = torch.where(codes == 0x80, 0, codes)  # -0 counts as zero
         hybrid = HybridWeight.from_dense(codes, scale, self.split, self.bias)
@@ -65,8 +75,8 @@ class StudentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""
-        rows = x.reshape(-1, self.in_features)
-        y = _Fp8Linear.apply(rows, self.weight, self.mask, self.scale)
+        rows = _rows_in_fp8(x, self.compiled)
+        y = _Fp8Linear.apply(rows_of(x), rows, self.weight, self.mask, self.scale)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
@@ -95,35 +105,71 @@ def kept_places(weight: Tensor, split: Split) -> Tensor:
     return keep
 
 
-def quantize_rows(values: Tensor, least: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """float8_e4m3fn [M, K], float32 scale [M] = max(|row|, 1e-12) / 448, at least `least`."""
-    scale = values.abs().amax(dim=1).float().clamp_min(_AMAX_FLOOR) * (1.0 / FP8_MAX)
-    if least is not None:
-        # 448 * scale / 448 need not round back to scale.
-        scale = torch.where(scale > least * (1.0 + 1e-6), scale, least)
-    scaled = values.float() * scale.reciprocal()[:, None]
-    return scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+def quantize_weight(weight: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn [N, K] and float32 scale [N] of a float32 weight.
+
+    scale = max(|row|, 1e-12) / 448, at least `least`; codes round weight * (1 / scale).
+    """
+    # A norm reads the weight once; abs().amax() would write it out in between.
+    scale = torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp_min_(_AMAX_FLOOR)
+    scale *= 1.0 / FP8_MAX
+    # 448 * scale / 448 need not round back to scale.
+    scale = torch.where(scale > least * (1.0 + 1e-6), scale, least)
+    # At most 448 * (1 + 1e-6), which rounds to 448: nothing to clamp.
+    return (weight * scale.reciprocal()[:, None]).to(torch.float8_e4m3fn), scale
+
+
+class _Rows(NamedTuple):
+    """Rows of a layer's input as the layer sees them.
+
+    Attributes:
+        codes, scale: float8_e4m3fn [M, K] and float32 [M].
+        values: codes * scale [M, K] in the dtype of the input.
+        version: of the input they were made from, None where it is not counted.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    values: Tensor
+    version: int | None
+
+
+@torch.no_grad()
+def _rows_in_fp8(x: Tensor, compiled: bool) -> _Rows:
+    """Of x [..., K]; layers that share an input share them."""
+    version = None if x.is_inference() else x._version  # an inference tensor has none
+    found = getattr(x, "_spense_rows", None)
+    if found is None or version is None or found.version != version:
+        codes, scale = ops.quantize_fp8(rows_of(x.detach()))
+        dequantize = _dequantize if compiled else _dequantize.function
+        found = _Rows(codes, scale, dequantize(codes, scale, x.dtype), version)
+        x._spense_rows = found
+    return found
+
+
+@Fused
+def _dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (codes.float() * scale[:, None]).to(dtype)
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, mask, scale):
-        x8, x_scale = quantize_rows(x)
-        w8, w_scale = quantize_rows(weight * mask, scale)
-        ctx.save_for_backward(x8, x_scale, w8, w_scale, mask)
-        ctx.dtype = x.dtype
-        return _product(x8, x_scale, w8, w_scale, x.dtype)
+    def forward(ctx, x, rows, weight, mask, scale):
+        w8, w_scale = quantize_weight(weight, scale)
+        ctx.save_for_backward(rows.values, w8, w_scale, mask)
+        return _product(rows.codes, rows.scale, w8, w_scale, x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        x8, x_scale, w8, w_scale, mask = ctx.saved_tensors
-        dtype = ctx.dtype
+        values, w8, w_scale, mask = ctx.saved_tensors
+        dtype = grad.dtype
         x_grad = w_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = (grad * w_scale.to(dtype)) @ w8.to(dtype)
-        if ctx.needs_input_grad[1]:
-            w_grad = ((grad * x_scale[:, None].to(dtype)).T @ x8.to(dtype)).float() * mask
-        return x_grad, w_grad, None, None
+            # The scale goes to the weight, which is smaller than the gradient.
+            x_grad = grad @ w8.to(dtype).mul_(w_scale[:, None].to(dtype))
+        if ctx.needs_input_grad[2]:
+            w_grad = _float_product(grad.T, values).mul_(mask)
+        return x_grad, None, w_grad, None, None
 
 
 def _product(x8, x_scale, w8, w_scale, dtype) -> Tensor:
@@ -136,6 +182,13 @@ def _product(x8, x_scale, w8, w_scale, dtype) -> Tensor:
     return (y * x_scale[:, None] * w_scale).to(dtype)
 
 
+def _float_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, written as such where the library can."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
 def _has_fp8_matmul(x8: Tensor, w8: Tensor) -> bool:
     aligned = x8.shape[1] % 16 == 0 and w8.shape[0] % 16 == 0
     return aligned and torch.cuda.get_device_capability(x8.device) >= (9, 0)
@@ -143,6 +196,19 @@ def _has_fp8_matmul(x8: Tensor, w8: Tensor) -> bool:
 
 def student_layers(model: nn.Module) -> dict[str, StudentLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, StudentLinear)}
+
+
+@contextmanager
+def compiled_layers(model: nn.Module) -> Iterator[None]:
+    """Let torch.compile fuse what is around the matrix products of a student."""
+    layers = student_layers(model).values()
+    for layer in layers:
+        layer.compiled = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.compiled = False
 
 
 def make_student(model: nn.Module) -> nn.Module:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import statistics
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,15 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError, SpenseError
+from spense_kernels.finetune.attention import causal_windows
+from spense_kernels.finetune.batches import Batches
 from spense_kernels.finetune.config import FinetuneConfig
+from spense_kernels.finetune.fuse import fused_norms, fused_rotary
+from spense_kernels.finetune.graph import Replayed
 from spense_kernels.finetune.loss import distillation_loss
-from spense_kernels.finetune.student import student_layers
+from spense_kernels.finetune.student import compiled_layers, student_layers
+from spense_kernels.finetune.teacher import TeacherStates, last_hidden, without_waiting
 from spense_kernels.models import need
 from spense_kernels.prune.calibrate import check_calibration
-from spense_kernels.prune.store import model_fingerprint, tensor_digest, write_atomic
+from spense_kernels.prune.store import model_fingerprint, tensor_digest, write_text
 
-WARM_STEPS, TIMED_STEPS = 3, 5  # before a run that has a time to keep
-_SPARE = 0.02  # share of that time for what the timed steps do not show
+# Steps before `minutes` is turned into steps; the first ones also compile, allocate and capture.
+_UNTIMED, _TIMED = 2, 4
 
 
 @dataclass
@@ -31,7 +36,7 @@ class FinetuneReport:
     """What a fine-tune did.
 
     Attributes:
-        config: settings used; with a time to keep, the steps that fit.
+        config: settings used; with `minutes`, `steps` and `warmup` as they were fitted.
         losses: mean KL in nats of every step of this call.
         first_step: where this call went on.
         seconds: wall-clock time of this call.
@@ -70,18 +75,13 @@ def finetune(
         work_dir: folder for the saved state. A second call with the same student, windows and
             settings goes on from there and takes the same steps; None keeps nothing.
         progress: object with start(stage, total), advance(count), finish(), or None.
-        max_seconds: take as many steps as fit in this time, whatever `config.steps` says, with the
-            learning rate's whole schedule over them. Some steps are timed first, without a change
-            to the weights; a run that goes on from a work_dir keeps its number of steps. None:
-            `config.steps` steps.
+        max_seconds: end the run early, learning rate as it stands then; None for no limit.
 
-    Raises PruneError when there is nothing to train, for max_seconds that is not above 0, and for a
-    work_dir of another run; SpenseError when the loss is no longer finite.
+    Raises PruneError when there is nothing to train, and for a work_dir of another run;
+    SpenseError when the loss is no longer finite.
     """
     config = config or FinetuneConfig()
     check_calibration(windows)
-    if max_seconds is not None and not max_seconds > 0:
-        raise PruneError(f"finetune: max_seconds must be above 0, got {max_seconds}")
     if not student_layers(student):
         raise PruneError("finetune: the model holds no StudentLinear; call make_student first")
     need("accelerate")
@@ -89,80 +89,121 @@ def finetune(
         import accelerate
 
         accelerator = accelerate.Accelerator()
-    run = _Run(student, teacher, windows, config, accelerator, work_dir, max_seconds)
-    return run.train(progress)
+    return _Run(student, teacher, windows, config, accelerator, work_dir).train(
+        progress, max_seconds
+    )
 
 
 class _Run:
-    def __init__(self, student, teacher, windows, config, accelerator, work_dir, max_seconds):
-        self.begin = time.monotonic()
+    def __init__(self, student, teacher, windows, config, accelerator, work_dir):
         self.config, self.windows, self.accelerator = config, windows, accelerator
-        self.max_seconds, self.folder = max_seconds, None
+        self.folder = None
         if work_dir is not None:
-            fingerprint = _fingerprint(student, windows, config, max_seconds)
-            self.folder = _State(Path(work_dir), fingerprint)
-        self.teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
-        student = student.to(accelerator.device)
+            self.folder = _State(Path(work_dir), _fingerprint(student, windows, config))
+        self.device = accelerator.device
+        self.teacher = teacher.to(self.device).eval().requires_grad_(False)
+        student = student.to(self.device)
         weights = [layer.weight for layer in student_layers(student).values()]
         for weight in weights:
             weight.requires_grad_(True)
+        cuda = self.device.type == "cuda"
+        self.compiled = cuda and config.compile
+        graph = cuda and config.graph and accelerator.num_processes == 1
+        # A graph reads the learning rate from the device.
+        self.rate = torch.tensor(config.lr, device=self.device) if graph else None
         optimizer = torch.optim.Adam(
-            weights, lr=config.lr, betas=config.betas, fused=accelerator.device.type == "cuda"
+            weights, lr=config.lr, betas=config.betas, fused=cuda, capturable=graph
         )
         self.plain = student
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
+        self.update = Replayed(self._update) if graph else self._update
+        self.batches = Batches(windows, config)
+        again = config.minutes is not None or config.steps * config.batch > windows.shape[0]
+        self.states = TeacherStates(
+            self.teacher, windows, self.device, again and not self.batches.changed
+        )
 
-    def train(self, progress) -> FinetuneReport:
-        first, steps = 0, None
+    def train(self, progress, max_seconds) -> FinetuneReport:
+        """Take the steps that are left."""
+        with ExitStack() as stack:
+            # It holds this object and gigabytes: they must go with the last reference.
+            stack.callback(lambda: setattr(self, "update", None))
+            stack.enter_context(causal_windows(self.plain, self.teacher))
+            if self.compiled:
+                stack.enter_context(fused_norms(self.plain, self.teacher))
+                stack.enter_context(fused_rotary(self.plain))
+                stack.enter_context(compiled_layers(self.plain))
+            return self._train(progress, max_seconds)
+
+    def _train(self, progress, max_seconds) -> FinetuneReport:
+        config, report, fitted = self.config, FinetuneReport(self.config), None
         if self.folder is not None:
-            first, steps = self.folder.load(self.accelerator)
-        if self.max_seconds is not None:
-            steps = steps or self._steps_that_fit()
-            warmup = min(self.config.warmup, steps // 5)
-            self.config = dataclasses.replace(self.config, steps=steps, warmup=warmup)
-        config, report = self.config, FinetuneReport(self.config, first_step=first)
+            report.first_step, fitted = self.folder.load(self.accelerator)
+            if fitted is not None:
+                config = self.config = dataclasses.replace(config, **fitted)
+        clock = None if config.minutes is None or fitted is not None else _Clock(config.minutes)
         if progress is not None:
             progress.start("fine-tune", config.steps)
-            progress.advance(first)
+            progress.advance(report.first_step)
+        begin = time.monotonic()
+        if self.states.kept and self.device.type == "cuda":
+            self.states.fill()
         losses = []
-        for step in range(first, config.steps):
-            losses.append(self._step(step, config.lr * config.share(step)))
+        step = report.first_step
+        while step < self.config.steps or clock is not None:
+            losses.append(self._step(step))
             report.tokens += config.batch * (self.windows.shape[1] - 1)
-            done = step + 1
+            step = done = step + 1
+            if clock is not None and clock.ready(losses):
+                config = self.config = clock.fit(config, done, self.accelerator)
+                clock, fitted = None, {"steps": config.steps, "warmup": config.warmup}
+                if progress is not None:
+                    progress.start("fine-tune", config.steps)
+                    progress.advance(done - 1)
             if self.folder is not None and (done % config.save_every == 0 or done == config.steps):
-                self.folder.save(self.accelerator, done, config.steps)
+                self.folder.save(self.accelerator, done, fitted)
             if progress is not None:
                 progress.advance()
+            if max_seconds is not None and time.monotonic() - begin > max_seconds:
+                break
         if progress is not None:
             progress.finish()
+        report.config = self.config
         report.losses = [float(loss) for loss in losses]
-        report.seconds = time.monotonic() - self.begin
+        report.seconds = time.monotonic() - begin
         return report
 
-    def _steps_that_fit(self) -> int:
-        """Steps in the time that is left, by the median of some that change no weight."""
-        seconds = []
-        for step in range(WARM_STEPS + TIMED_STEPS):
-            begin = time.monotonic()
-            float(self._step(step, 0.0))  # waits for the device
-            seconds.append(time.monotonic() - begin)
-        self.optimizer.state.clear()
-        left = self.max_seconds * (1.0 - _SPARE) - (time.monotonic() - self.begin)
-        fitting = torch.tensor([int(left / statistics.median(seconds[WARM_STEPS:]))])
-        # The slowest process decides.
-        return max(1, int(self.accelerator.gather(fitting.to(self.accelerator.device)).min()))
-
-    def _step(self, step: int, lr: float) -> Tensor:
-        config, accelerator = self.config, self.accelerator
+    def _step(self, step: int) -> Tensor:
+        rate = self.config.lr * self.config.share(step)
+        if self.rate is not None:
+            rate = self.rate.fill_(rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        ids = self.windows[self._rows(step)]
-        mine = ids[accelerator.process_index :: accelerator.num_processes]
-        parts = mine.split(config.micro_batch or max(1, len(mine)))
-        total = torch.zeros((), device=accelerator.device)
-        for i, part in enumerate(parts):
-            loss = self._loss(part.to(accelerator.device)) * (len(part) / len(mine))
-            if i + 1 < len(parts) and accelerator.num_processes > 1:
+            group["lr"] = rate
+        rows = self.batches.rows(step)
+        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        inputs = [without_waiting(self.batches.ids(step, rows)[mine], self.device)]
+        if self.states.kept:
+            inputs.append(self.states.of(rows[mine]))
+        total = self.update(*inputs)
+        if step % 50 == 0 and not bool(torch.isfinite(total)):
+            raise SpenseError(f"finetune: the loss of step {step} is {float(total)}")
+        return total
+
+    def _update(self, ids: Tensor, target: Tensor | None = None) -> Tensor:
+        """One step of the optimiser on windows [B, L]; their mean loss.
+
+        Args:
+            target: the teacher's last hidden states [B, L, D], or None to work them out.
+        """
+        config, accelerator = self.config, self.accelerator
+        size = config.micro_batch or max(1, len(ids))
+        starts = range(0, len(ids), size)
+        total = torch.zeros((), device=self.device)
+        for start in starts:
+            part = slice(start, start + size)
+            wanted = None if target is None else target[part]
+            loss = self._loss(ids[part], wanted) * (len(ids[part]) / len(ids))
+            if start != starts[-1] and accelerator.num_processes > 1:
                 with accelerator.no_sync(self.student):
                     accelerator.backward(loss)
             else:
@@ -172,43 +213,54 @@ class _Run:
             accelerator.clip_grad_norm_(self.student.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if step % 50 == 0 and not bool(torch.isfinite(total)):
-            raise SpenseError(f"finetune: the loss of step {step} is {float(total)}")
         return total
 
-    def _loss(self, ids: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = self.teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    def _loss(self, ids: Tensor, target: Tensor | None) -> Tensor:
+        if target is None:
+            with torch.no_grad():
+                target = last_hidden(self.teacher, ids)
         # Through the wrapper's forward when there is one, so that it sees the gradients.
         hidden = self._hidden(ids)
         return distillation_loss(
-            self.plain, self.teacher, hidden[:, :-1].flatten(0, 1), target[:, :-1].flatten(0, 1)
-        )
+            self.plain, self.teacher, hidden[:, :-1].flatten(0, 1), target[:, :-1].flatten(0, 1),
+            compiled=self.compiled,
+        )  # fmt: skip
 
     def _hidden(self, ids: Tensor) -> Tensor:
         if self.student is self.plain:
-            return self.plain.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            return last_hidden(self.plain, ids)
         out = self.student(
             input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1
         )
         return out.hidden_states[-1]
 
-    def _rows(self, step: int) -> Tensor:
-        """Windows of a step: one shuffled pass after another, the same on every process."""
-        count, batch = self.windows.shape[0], self.config.batch
-        places = torch.arange(step * batch, (step + 1) * batch)
-        rows = []
-        for epoch in sorted(set((places // count).tolist())):
-            seed = (self.config.seed << 20) + epoch
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-            rows.append(order[places[places // count == epoch] % count])
-        return torch.cat(rows)
+
+class _Clock:
+    """Times the first steps of a run whose length is given in minutes."""
+
+    def __init__(self, minutes: float):
+        self.start = time.monotonic()
+        self.end = self.start + 60.0 * minutes
+
+    def ready(self, losses: list[Tensor]) -> bool:
+        """Call after every step: whether enough steps were timed."""
+        if len(losses) not in (_UNTIMED, _UNTIMED + _TIMED):
+            return False
+        float(losses[-1])  # waits for the device
+        if len(losses) == _UNTIMED:
+            self.start = time.monotonic()
+        return len(losses) != _UNTIMED
+
+    def fit(self, config: FinetuneConfig, done: int, accelerator) -> FinetuneConfig:
+        """The settings with the steps that fit, the same on every process."""
+        now = time.monotonic()
+        times = torch.tensor([(now - self.start) / _TIMED, self.end - now])
+        seconds, left = accelerator.reduce(times.to(accelerator.device), "mean").tolist()
+        return config.fitted(done, seconds, left)
 
 
-def _fingerprint(student: nn.Module, windows: Tensor, config: FinetuneConfig, seconds) -> str:
-    parts = [config.fingerprint(), model_fingerprint(student), tensor_digest(windows)]
-    if seconds is not None:
-        parts.append(f"{seconds:g} s")
+def _fingerprint(student: nn.Module, windows: Tensor, config: FinetuneConfig) -> str:
+    parts = (config.fingerprint(), model_fingerprint(student), tensor_digest(windows))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -231,22 +283,23 @@ class _State:
     def _read(self) -> dict:
         return json.loads(self.mark.read_text(encoding="utf-8"))
 
-    def load(self, accelerator) -> tuple[int, int | None]:
-        """Load the state, if there is one: the step to go on with, and steps in all (or None)."""
+    def load(self, accelerator) -> tuple[int, dict | None]:
+        """Load the state, if there is one; the step to go on with and the settings fitted."""
         if not self.mark.exists():
             return 0, None
-        found = self._read()
-        accelerator.load_state(str(self.folder / f"step_{found['step']:06d}"))
-        return found["step"], found["steps"]
+        known = self._read()
+        step = known["step"]
+        accelerator.load_state(str(self.folder / f"step_{step:06d}"))
+        return step, known["fitted"]
 
-    def save(self, accelerator, step: int, steps: int) -> None:
+    def save(self, accelerator, step: int, fitted: dict | None) -> None:
         """Write the new state beside the old one, then name it, then drop the old one."""
         accelerator.save_state(str(self.folder / f"step_{step:06d}"))
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             return
-        text = json.dumps({"fingerprint": self.fingerprint, "step": step, "steps": steps}).encode()
-        write_atomic(self.mark, lambda file: file.write(text))
+        state = {"fingerprint": self.fingerprint, "step": step, "fitted": fitted}
+        write_text(self.mark, json.dumps(state))
         for old in self.folder.glob("step_*"):
             if old.name != f"step_{step:06d}":
                 for path in sorted(old.rglob("*"), reverse=True):

@@ -20,7 +20,7 @@ _CHOICES = {
     "token_weighting": ("norm", "none"),
     "calibration": ("static", "sequential"),
     "budget": ("model", "matrix"),
-    "curves": ("pruned", "sweep"),
+    "curves": ("sweep", "refit"),
     "sensitivity_labels": ("model", "text"),
 }
 
@@ -44,8 +44,8 @@ class PruneConfig:
         admm_steps: steps of the search for a better mask after the sweep; 0 for none. About
             doubles the time of a prune on a CPU.
         refit_steps: conjugate-gradient steps on the kept weights after the sweep; 0 for none.
-        curves: staircase only: a tile's loss at a width is that of rows that were "pruned" so, or
-            of rows behind the "sweep" alone, which takes a fifth of the time.
+        curves: staircase only: what a tile loses at a width, "sweep" = after the sweep, "refit" =
+            after order search, mask search and refit (about a prune for every width but the last).
         damping: added to diag(H), relative to its mean.
         dense_order: "last" lets the error of the 2:4 part flow into the dense columns.
         token_weighting: "norm" weights tokens by 1 / mean(y^2) where y goes straight into an
@@ -85,7 +85,6 @@ class PruneConfig:
     search_rows: int = 512
     mask: str = "pair"
     refit_steps: int = 12
-    curves: str = "pruned"
     damping: float = 0.01
     dense_order: str = "last"
     token_weighting: str = "norm"
@@ -96,6 +95,7 @@ class PruneConfig:
     shard_modules: tuple[str, ...] = ("o_proj", "down_proj", "out_proj", "fc2")
     widths: tuple[float, ...] = ()
     budget: str = "model"
+    curves: str = "sweep"
     sort_rows: bool = True
     sensitivity_sequences: int = 16
     sensitivity_stride: int = 4

@@ -47,6 +47,11 @@ def write_atomic(path: Path, write) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_atomic` of text, in UTF-8."""
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
 class Store:
     """A folder of named results, bound to one fingerprint; a None folder keeps nothing.
 
@@ -69,8 +74,7 @@ class Store:
         elif any(not entry.name.startswith(".") for entry in self._folder.iterdir()):
             raise PruneError(f"prune_model: work_dir {self._folder} must be empty")
         else:
-            text = json.dumps({"fingerprint": fingerprint}).encode()
-            write_atomic(mark, lambda file: file.write(text))
+            write_text(mark, json.dumps({"fingerprint": fingerprint}))
 
     def get(self, name: str):
         """The stored result, or None. A damaged file counts as absent."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 from spense_kernels.demo.report import plus_minus, readable_bytes, write_json
+from spense_kernels.prune.store import write_text
 from spense_kernels.report.plot import write_png
 
 REPORT_VERSION = 1
@@ -30,12 +30,12 @@ def write_report(found: dict, folder: Path) -> list[Path]:
     del main["columns"]
     paths = [folder / "report.json", folder / "dense_columns.json", folder / "report.md"]
     write_json(main, paths[0])
-    _write_text(json.dumps(columns) + "\n", paths[1])
+    write_text(paths[1], json.dumps(columns) + "\n")
     drawn = importlib.util.find_spec("matplotlib") is not None
     if drawn:
         paths.append(folder / "report.png")
         write_png(found, paths[3])
-    _write_text(markdown(found, picture=drawn), paths[2])
+    write_text(paths[2], markdown(found, picture=drawn))
     return paths
 
 
@@ -153,12 +153,3 @@ def _columns(found: dict) -> list[str]:
         "dense_columns.json: `order` lists those that are dense in some tile, the longest-lived "
         "last; a tile of width w keeps the last w.",
     ]
-
-
-def _write_text(text: str, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

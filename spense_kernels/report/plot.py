@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from spense_kernels.prune.store import write_atomic
 
 INK, GRID, LINE, MARK = "#1f2933", "#d9dee3", "#2d8a6a", "#c8553d"
 
@@ -24,12 +25,9 @@ def write_png(found: dict, path: Path) -> None:
         _draw_pareto(axes[0, 1], found["rows"], "ppl", "perplexity")
         _draw_sensitivity(axes[1, 0], found)
         _draw_map(figure, axes[1, 1], found["layers"])
-        temporary = path.with_name(path.name + ".tmp")
         try:
-            figure.savefig(temporary, format="png")
-            os.replace(temporary, path)
+            write_atomic(path, lambda file: figure.savefig(file, format="png"))
         finally:
-            temporary.unlink(missing_ok=True)
             plt.close(figure)
 
 

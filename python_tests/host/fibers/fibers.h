@@ -7,6 +7,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <bit>
@@ -22,6 +23,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ thread_local
@@ -177,6 +179,21 @@ V __shfl_xor_sync(unsigned, V v, int mask) {
 }
 
 template <typename V>
+V __shfl_sync(unsigned, V v, int lane) {
+  auto& lanes = fibers::cta->lanes[threadIdx.x / 32];
+  std::memcpy(&lanes[threadIdx.x % 32], &v, sizeof v);
+  __syncwarp();
+  V other;
+  std::memcpy(&other, &lanes[lane % 32], sizeof v);
+  __syncwarp();
+  return other;
+}
+inline uint32_t __reduce_max_sync(unsigned all, uint32_t v) {
+  for (int step = 16; step > 0; step /= 2) v = std::max(v, __shfl_xor_sync(all, v, step));
+  return v;
+}
+
+template <typename V>
 V max(V a, V b) {
   return a > b ? a : b;
 }
@@ -197,9 +214,23 @@ inline float __uint_as_float(uint32_t v) { return std::bit_cast<float>(v); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return (static_cast<uint64_t>(a) * b) >> 32; }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= (bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+  return result;
+}
+inline uint32_t __vmaxu2(uint32_t a, uint32_t b) {
+  return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xFFFF, b & 0xFFFF);
+}
+inline double __hiloint2double(int high, int low) {
+  return std::bit_cast<double>(static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 |
+                               static_cast<uint32_t>(low));
+}
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
 struct __half {
@@ -210,8 +241,18 @@ struct __nv_bfloat16 {
 };
 inline float __half2float(__half v) { return spense::fp16_to_float(v.bits); }
 inline float __bfloat162float(__nv_bfloat16 v) { return spense::bf16_to_float(v.bits); }
-inline __half __float2half_rn(float v) { return {spense::fp16_from_float(v)}; }
-inline __nv_bfloat16 __float2bfloat16_rn(float v) { return {spense::bf16_from_float(v)}; }
+struct __half2 {
+  __half x, y;
+};
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline __half2 __floats2half2_rn(float a, float b) {
+  return {{spense::fp16_from_float(a)}, {spense::fp16_from_float(b)}};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
+  return {{spense::bf16_from_float(a)}, {spense::bf16_from_float(b)}};
+}
 
 enum { __NV_SATFINITE, __NV_E4M3 };
 inline uint16_t __nv_cvt_float2_to_fp8x2(float2 v, int, int) {

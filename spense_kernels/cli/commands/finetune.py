@@ -34,16 +34,19 @@ def finetune(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of text to learn from.")] = 512,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a window, BOS included.")] = 512,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps. Default: 300.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Instead: as many steps as fit in this time, the schedule over them."),
+        typer.Option(help="Time to spend, instead of --steps: the steps that fit are measured."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 8,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Windows a forward pass, to save memory.")
     ] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
+    splice: Annotated[
+        int, typer.Option(min=1, help="Put a window together from parts of that many.")
+    ] = 1,
     seed: Seed = 0,
     work_dir: Annotated[
         Path | None, typer.Option(help="Keep the state here, to go on after a kill.")
@@ -64,17 +67,15 @@ def finetune(
     Examples:
       spense finetune ./pruned --teacher ./Llama-3.2-1B --out ./tuned --device cuda
       spense finetune ./pruned --teacher gemma-3-270m --out ./tuned --calibration a.txt --steps 100
-      spense finetune ./pruned --teacher ./Llama-3.2-1B --out ./tuned --device cuda --minutes 2
       spense finetune ./pruned --teacher ./model --out ./tuned --work-dir ./work --resume
+      spense finetune ./pruned --teacher ./model --out ./tuned --device cuda --minutes 2 --splice 4
     """
     from spense_kernels.finetune import FinetuneConfig
 
-    if minutes is not None and steps is not None:
-        raise UserError("finetune: --minutes chooses the number of steps; give one of the two")
-    if minutes is not None and not minutes > 0:
-        raise UserError(f"finetune: --minutes must be above 0, got {minutes}")
-    given = {} if steps is None else {"steps": steps}
-    config = FinetuneConfig(**given, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed)
+    config = FinetuneConfig(
+        steps=steps, minutes=minutes, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed,
+        splice=splice,
+    )  # fmt: skip
     device = check_device(device)
     check_replaceable(new_directory(out, force))
     if resume and work_dir is None:
@@ -87,10 +88,7 @@ def finetune(
     models = finetuning.load(checkpoint, teacher, parse_dtype(dtype))
     need_space(out, pruning.checkpoint_size(models.pruned.model))
     windows = pruning.windows(models.pruned.tokenizer, documents, samples, seq_len, seed)
-    seconds = None if minutes is None else 60.0 * minutes
-    result = finetuning.run(
-        models, windows, config, device, work_dir, out, force, text_name, seconds
-    )
+    result = finetuning.run(models, windows, config, device, work_dir, out, force, text_name)
     if json:
         print_json(result)
     else:

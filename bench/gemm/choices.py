@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times the op's own choice of a configuration beside every other that it could have taken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+
+from gemm import ceiling
+from gemm.regret import AUTO, regret_of
+from gemm.rivals import Spense, hinted
+from gemm.timing import Call, Recorder, rotation
+
+GRAPH_US = 250  # a recording lasts at least about so long
+MAX_LAUNCHES = 256  # of a recording
+MOST_TOKEN_TILES, FAR_BEHIND = 16, 1.5  # of a configuration that may be the fastest
+ROUNDS, DOUBT_ROUNDS = 5, 15
+HUNGRY_TOKENS, CLOSE = 1024, 1.2  # from here on those that are close run one after another
+ALONE, PASSES = "alone", 4  # through a model's layers
+DOUBT, DOUBTED = 0.03, 3  # regret above which the fastest few are timed again
+
+
+def token_tile(name: str) -> int | None:
+    """128 of t128x128_c1k1_s5x6_f:whole; None for a name of another kind."""
+    match = re.match(r"t\d+x(\d+)_", name)
+    return int(match[1]) if match else None
+
+
+def launches(recorder: Recorder, floor_us: float, us: float) -> int:
+    """Launches that take about `us`; one where only the logic is tried."""
+    if recorder.device.type == "cpu":
+        return 1
+    return min(max(1, round(us / floor_us)), MAX_LAUNCHES)
+
+
+class Choices:
+    """Times one problem after another under all of `names`, none of which has to be legal."""
+
+    def __init__(self, recorder: Recorder, names: Sequence[str], bytes_per_second: float):
+        self.recorder, self.names, self.rate = recorder, names, bytes_per_second
+        self._refused: set[str] = set()  # said once
+
+    def measure(self, spense: Spense, m: int, model: Sequence[Spense] = ()) -> dict[str, dict]:
+        """Summaries (timing.Recorder.measure) by configuration, "auto" among them.
+
+        With the layers of a `model` in their order, the layer's time is what it adds to theirs: it
+        is launched between them, each as the op chooses, where it may overlap with other
+        neighbours than itself. "auto" is the layer alone, the others differ from it as passes do.
+
+        Configurations that a first launch shows to be far behind are left out. Where the choice
+        seems to lose much, it and the fastest others are recorded and timed once more, for longer:
+        the least of many times that vary is too good, and where results lie matters too.
+        """
+        contenders = self._contenders(spense, m)
+        times = self._times(spense, m, contenders, ROUNDS, model)
+        if regret_of(times) > DOUBT:
+            forced = sorted((t["us"], name) for name, t in times.items() if name != AUTO)
+            again = [AUTO, *(name for _, name in forced[:DOUBTED])]
+            close = {name: contenders[name] for name in again}
+            times |= self._times(spense, m, close, DOUBT_ROUNDS, model)
+        return times
+
+    def _times(
+        self,
+        spense: Spense,
+        m: int,
+        contenders: dict[str, list[Call]],
+        rounds: int,
+        model: Sequence[Spense],
+    ) -> dict[str, dict]:
+        floor = ceiling.floor_us(spense.layer, spense.split, m, self.rate)
+        alone = rotation(contenders[AUTO], launches(self.recorder, floor, GRAPH_US))
+        recordings = {ALONE: self.recorder.record(alone, len(alone))} if model else {}
+        others = {other: other.calls(m) for other in model if other is not spense}
+        for name, calls in contenders.items():
+            if model:
+                of = others | {spense: calls}
+                turn = [of[s][i % len(of[s])] for i in range(PASSES) for s in model]
+                recordings[name] = self.recorder.record(hinted(turn), PASSES)
+            else:
+                turn = rotation(calls, launches(self.recorder, floor, GRAPH_US))
+                recordings[name] = self.recorder.record(turn, len(turn))
+        if m >= HUNGRY_TOKENS:
+            return self.recorder.measure_settled(recordings)
+        times = self.recorder.measure(recordings, seconds=0, min_rounds=rounds)
+        if model:
+            beside = times[AUTO]["us"] - times.pop(ALONE)["us"]
+            for summary in times.values():
+                summary["us"] = round(summary["us"] - beside, 3)
+        return times
+
+    def _contenders(self, spense: Spense, m: int) -> dict[str, list[Call]]:
+        """The op's choice, and each configuration that runs here and is not far behind at once."""
+        found = {AUTO: spense.calls(m)}
+        first = found[AUTO][0]
+        first()
+        for name in self.names:
+            if m > MOST_TOKEN_TILES * (token_tile(name) or m):
+                continue
+            calls = [partial(call, config=name) for call in found[AUTO]]
+            try:
+                calls[0]()
+            except RuntimeError as problem:
+                if name not in self._refused:
+                    print(f"{spense.layer.label}, M = {m}: not {name}: {problem!s:.200}")
+                self._refused.add(name)
+                continue
+            found[name] = calls
+        if self.recorder.device.type == "cpu":
+            return found
+        # Each launch on another copy, so that none finds the weight in L2.
+        turns = [[calls[i % len(calls)]] for i, calls in enumerate(found.values())]
+        times = self.recorder.quick(turns, one_wait=True)
+        least, far = min(times), CLOSE if m >= HUNGRY_TOKENS else FAR_BEHIND
+        return {
+            name: calls
+            for (name, calls), us in zip(found.items(), times, strict=True)
+            if name == AUTO or us < far * least
+        }

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Point by point what stands in the way of a missed target: a table from counters and a sweep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gemm.shapes import MODELS
+from gemm.tables import row, run_line
+from gemm.targets import checks_of
+
+PORT_BYTES = 64  # a cycle and multiprocessor, from L2
+BINDS, LEANS = 0.8, 0.6  # share of a unit from which it binds, or is what comes nearest to it
+CUT, IDLE = 0.2, 0.8  # share of the fix-up in L2 bytes, of the time that multiprocessors are busy
+TITLES = {"tensor": "tensor cores", "port": "SM's port", "l2": "L2", "dram": "DRAM"}
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of one launch alone: its time, and how much of each unit it keeps busy, 0 to 1."""
+
+    us: float
+    units: dict[str, float]  # of TITLES, those that were counted
+    busy: float | None  # multiprocessors with work, mean over the launch
+    fixup: float | None  # of all L2 bytes: sums of cut tiles, written and read again
+
+    def binding(self) -> str:
+        """In words, what limits the launch."""
+        if not self.units:
+            return "not counted"
+        most = max(self.units, key=self.units.__getitem__)
+        share, title = self.units[most], TITLES[most]
+        words = [title] if share >= BINDS else [f"most of all {title}"]
+        if share < LEANS:
+            words = [f"no unit ({title} first)"]
+        if self.fixup is not None and self.fixup >= CUT:
+            words.append("fix-up")
+        if self.busy is not None and self.busy < IDLE:
+            words.append("idle SMs")
+        return ", ".join(words)
+
+
+def shares(launch: dict, multiprocessors: int, y_bytes: int | None = None) -> Shares:
+    """From the counters of a launch; `y_bytes` of its result where the fix-up is asked for."""
+    cycles, units = launch.get("cycles"), {}
+    tensor = launch.get("tensor_pct", launch.get("tensor_hmma_pct"))
+    if tensor is not None:
+        units["tensor"] = tensor / 100
+    if cycles and "ingest_bytes" in launch:
+        units["port"] = launch["ingest_bytes"] / (PORT_BYTES * cycles * multiprocessors)
+    for name in ("l2", "dram"):
+        percent = launch.get(f"{name}_pct", launch.get(f"{name}_read_pct"))
+        if percent is not None:
+            units[name] = percent / 100
+    active = launch.get("cycles_active")
+    fixup = None
+    if y_bytes is not None and "egress_bytes" in launch and launch.get("l2_bytes"):
+        fixup = max(0.0, 2 * (launch["egress_bytes"] - y_bytes) / launch["l2_bytes"])
+    busy = active / cycles if active and cycles else None
+    return Shares(launch.get("ns", 0.0) / 1e3, units, busy, fixup)
+
+
+def together(launches: list[dict], multiprocessors: int) -> Shares:
+    """Several launches as one, weighted by their times."""
+    parts = [shares(launch, multiprocessors) for launch in launches]
+    us = sum(part.us for part in parts)
+    names = [name for name in TITLES if parts and all(name in part.units for part in parts)]
+    units = {n: sum(p.us * p.units[n] for p in parts) / us for n in names} if us else {}
+    return Shares(us, units, None, None)
+
+
+def table(counted: dict, sweep: dict) -> str:
+    """A row for every counted point, and one for each sum of four layers that misses its target."""
+    run = counted["run"]
+    multiprocessors = run["device"]["multiprocessors"]
+    swept = {(p["layer"], p["m"], p["dense"]): p for p in sweep["points"]}
+    head = ["layer", "M", "asked", "reached", "us in a chain", "of floor", "us alone"]
+    head += ["config", *TITLES.values(), "SMs busy", "fix-up", "cuBLASLt alone, us"]
+    head += ["its tensor cores", "its port", "what binds"]
+    lines = [row(head), row(["---"] * len(head))]
+    entries = [e for e in counted["points"] if (e["layer"], e["m"], e["dense"]) in swept]
+    keys = dict.fromkeys((e["dense"], e["m"], e["layer"].partition(".")[0]) for e in entries)
+    for dense, m, model in sorted(keys):
+        for layer in MODELS[model]:
+            for entry in entries:
+                if (entry["layer"], entry["m"], entry["dense"]) == (layer.label, m, dense):
+                    point = swept[layer.label, m, dense]
+                    lines.append(row(_cells(entry, point, multiprocessors)))
+        total = swept.get((model, m, dense))
+        if total:
+            cells = [f"{model}, all four", str(m), *_asked(total)]
+            lines.append(row([*cells, *[""] * (len(head) - len(cells))]))
+    clocks = sorted(e["ours"]["hz"] / 1e9 for e in entries if "hz" in e["ours"])
+    clock = f" at {clocks[0]:.2f} to {clocks[-1]:.2f} GHz" if clocks else ""
+    used = {swept[e["layer"], e["m"], e["dense"]]["run"] for e in entries}
+    lines += [
+        "",
+        "Targets missed are bold. Counters are of one launch alone with cold caches"
+        f"{clock} (Nsight Compute, clocks left alone, commit {run['commit'][:7]}), times in a "
+        f"chain are the sweep's. The port can take {PORT_BYTES} bytes a cycle and multiprocessor; "
+        "fix-up is twice what multiprocessors write beyond y, of all bytes at L2. A unit binds "
+        f"from {BINDS:.0%} on and comes nearest to it from {LEANS:.0%}. "
+        + (run_line(sweep, used) if used else ""),
+    ]
+    return "\n".join(lines)
+
+
+def _asked(point: dict) -> list[str]:
+    """What is asked and what is reached, missed ones bold, the time and its share of the floor."""
+    found = [c for c in checks_of(point) if c.what == "x cuBLASLt" or not c.met]
+    us = point["times"]["spense"]["us"]
+    least = ", ".join(f"{c.least:.2f} {c.what}" for c in found)
+    got = ", ".join(f"{c.got:.3f}" if c.met else f"**{c.got:.3f}**" for c in found)
+    return [least, got, f"{us:.1f}", f"{point['floor_us'] / us:.0%}"]
+
+
+def _cells(entry: dict, point: dict, multiprocessors: int) -> list[str]:
+    ours = shares(entry["ours"], multiprocessors, 2 * point["m"] * point["n"])
+    rival = together(entry["cublas"], multiprocessors)
+    return [
+        *(entry["layer"], str(entry["m"]), *_asked(point), f"{ours.us:.1f}"),
+        entry["ours"].get("config", ""),
+        *(_percent(ours.units.get(name)) for name in TITLES),
+        *(_percent(ours.busy), _percent(ours.fixup)),
+        f"{rival.us:.1f}" if rival.us else "",
+        *(_percent(rival.units.get(name)) for name in ("tensor", "port")),
+        ours.binding(),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"

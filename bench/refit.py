@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fits the cost model of the SM90 kernels to forced runs, and says what its choices lose.
+
+    python bench/gemm_sweep.py --configs all --json configs.json      # on a GPU
+    python bench/refit.py configs.json                                # anywhere: regret as it is
+    python bench/refit.py configs.json --fit --write                  # new constants into csrc
+
+The formula is that of csrc/heuristics/cost.cpp; python_tests/test_refit.py holds both together.
+First least squares in the logarithm of time, then a search along each constant for less regret,
+which the errors of runs that are close to one another decide. Shapes with no part in the fit are
+HELD_OUT and UNSEEN of gemm/shapes.py, or those that --hold-out names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from gemm.shapes import HELD_OUT, UNSEEN
+
+from spense_kernels.layout import BLOCK_BYTES, DENSE_UNIT_COLUMNS, TILE_ROWS, ceil_div, padded_k
+
+HEURISTICS = Path(__file__).resolve().parents[1] / "csrc" / "heuristics"
+COSTS, FORMULA = HEURISTICS / "sm90_costs.def", HEURISTICS / "cost.cpp"
+INSTANCES = HEURISTICS / "sm90_instances.def"
+# Constants of the device in cost.cpp, in the order of a parameter vector.
+DEVICE = ("kDramBytesPerUs", "kL2BytesPerUs", "kLaunchUs", "kStreamLaunch", "kDenseUnit")
+DEVICE += ("kExponent", "kReread", "kTail")
+L2_BYTES = 40e6
+OF_CONFIG = ("unit", "tile", "fix-up")  # microseconds, in sm90_costs.def
+NEAR = 1.5  # runs up to so many times the fastest of their shape teach the fit
+ERROR_SHARE = 0.05  # of the error of the near runs in what the search makes small, beside regret
+STEPS = (0.1, 0.03, 0.01)  # of a constant's logarithm
+LEAST = 0.05  # of any constant, which is fitted as a logarithm
+MULTIPROCESSORS = 132
+
+
+@dataclass(frozen=True)
+class Config:
+    row_tiles: int
+    tokens: int
+    cluster_rows: int
+    splits: int
+
+    def slots(self, multiprocessors: int) -> int:
+        """Clusters at a time, as gemm.cpp guesses them where no device can be asked."""
+        size = self.cluster_rows * self.splits
+        return max(1, multiprocessors // size * (10 if size > 2 else 11) // 11)
+
+
+def instances() -> dict[str, Config]:
+    rows = re.findall(r"^INSTANCE\((\w+),([^)]*)\)", INSTANCES.read_text(), re.MULTILINE)
+    return {name: Config(*map(int, numbers.split(",")[:4])) for name, numbers in rows}
+
+
+@dataclass
+class Model:
+    """Constants as they stand in csrc: `device` by name, `config` [unit, tile, fix-up] by name."""
+
+    device: dict[str, float]
+    config: dict[str, list[float]]
+
+    @classmethod
+    def read(cls) -> Model:
+        text = FORMULA.read_text()
+        device = {name: float(re.search(rf"\b{name} = ([\d.e+]+)", text)[1]) for name in DEVICE}
+        rows = re.findall(r"^COST\((\w+),([^)]*)\)", COSTS.read_text(), re.MULTILINE)
+        return cls(device, {name: [float(v) for v in row.split(",")] for name, row in rows})
+
+    def write(self) -> None:
+        text = FORMULA.read_text()
+        for name, value in self.device.items():
+            text = re.sub(rf"\b({name} = )[\d.e+]+", lambda m, v=value: m[1] + _number(v), text)
+        FORMULA.write_text(text)
+        table = COSTS.read_text()
+        for name, (unit, tile, fixup) in self.config.items():
+            row = f"COST({name + ',':<22} {unit:.3f}, {tile:>4.1f}, {fixup:>4.1f})"
+            table = re.sub(rf"^COST\({name},[^)]*\)", row, table, flags=re.MULTILINE)
+        COSTS.write_text(table)
+
+    def vector(self, names: list[str]) -> np.ndarray:
+        values = [self.device[name] for name in DEVICE]
+        values += [value for name in names for value in self.config[name]]
+        return np.log(np.maximum(values, LEAST))
+
+    def with_vector(self, vector: np.ndarray, names: list[str]) -> Model:
+        values = np.exp(vector).tolist()
+        device = dict(zip(DEVICE, values, strict=False))
+        rest = values[len(DEVICE) :]
+        fitted = {name: rest[3 * i : 3 * i + 3] for i, name in enumerate(names)}
+        return Model(device, self.config | fitted)
+
+
+def _number(value: float) -> str:
+    return f"{value / 1e6:.3f}e6" if value >= 1e5 else f"{value:.3f}"
+
+
+@dataclass
+class Runs:
+    """Forced runs as arrays, one entry a run; `shape` numbers the problem that a run is of."""
+
+    names: list[str]  # of configs
+    us: np.ndarray
+    shape: np.ndarray
+    config: np.ndarray
+    stream: np.ndarray
+    facts: dict[str, np.ndarray]
+    shapes: list[tuple] = field(default_factory=list)  # (layer, n, k, m, dense)
+    auto: dict[int, float] = field(default_factory=dict)  # shape -> us of the op's own choice
+
+    def estimate(self, model: Model) -> np.ndarray:
+        """estimate_us of cost.cpp for every run."""
+        of_config = np.array([model.config[name] for name in self.names])[self.config]
+        unit, tile, fixup = of_config.T
+        return estimate(model.device, unit, tile, fixup, self.stream, self.facts)
+
+    def only(self, keep: np.ndarray) -> Runs:
+        facts = {name: values[keep] for name, values in self.facts.items()}
+        arrays = (self.us[keep], self.shape[keep], self.config[keep], self.stream[keep])
+        return Runs(self.names, *arrays, facts, self.shapes, self.auto)
+
+
+def facts_of(
+    config: Config, n: int, k: int, m: int, packed_bytes: int, multiprocessors: int
+) -> dict[str, float]:
+    """What the formula needs to know of a problem and a config."""
+    row_tiles, blocks = ceil_div(n, TILE_ROWS), padded_k(k) // DENSE_UNIT_COLUMNS
+    sparse = (4 * row_tiles * blocks - packed_bytes // BLOCK_BYTES) // 3 / row_tiles
+    token_tiles = ceil_div(m, config.tokens)
+    x_rows = ceil_div(row_tiles, config.row_tiles) * config.tokens * token_tiles
+    return {
+        "sparse": sparse / config.splits,
+        "dense": (blocks - 2 * sparse) / config.splits,
+        "rounds": ceil_div(row_tiles, config.row_tiles * config.cluster_rows)
+        * token_tiles
+        / config.slots(multiprocessors),
+        "tickets": config.cluster_rows * config.splits == 1,
+        "token_tiles": token_tiles,
+        "once": packed_bytes + m * k + 2 * m * n,
+        "operands": packed_bytes + m * k,
+        "l2": packed_bytes * token_tiles + x_rows * k / config.cluster_rows,
+    }
+
+
+def estimate(device: dict, unit, tile, fixup, stream, facts: dict) -> np.ndarray:
+    rounds, token_tiles = facts["rounds"], facts["token_tiles"]
+    tile_us = (facts["sparse"] + facts["dense"] * device["kDenseUnit"]) * unit
+    full = np.ceil(rounds)
+    by_tickets = np.where(rounds > 1, rounds + device["kTail"] * (full - rounds), full)
+    whole = np.where(facts["tickets"], by_tickets, full) * (tile_us + tile)
+    cut = rounds * tile_us + full * tile + fixup
+    work = np.where(stream, cut, whole)
+    again = device["kReread"] * np.maximum(0, facts["operands"] - L2_BYTES) * (token_tiles - 1)
+    dram = (facts["once"] + np.where(stream, again, 0)) / device["kDramBytesPerUs"]
+    l2 = facts["l2"] / device["kL2BytesPerUs"]
+    power = device["kExponent"]
+    launch = device["kLaunchUs"] * np.where(stream, device["kStreamLaunch"], 1)
+    return (work**power + dram**power + l2**power) ** (1 / power) + launch
+
+
+def read_runs(paths: list[Path]) -> Runs:
+    """The `configs` of sweep files, later files first to count. Unknown configs are left out."""
+    known = instances()
+    entries, multiprocessors = {}, MULTIPROCESSORS
+    for path in paths:
+        results = json.loads(path.read_text())
+        for entry in results["configs"]:
+            key = tuple(entry[name] for name in ("layer", "n", "k", "m", "dense"))
+            entries[key, entry["config"]] = entry
+            device = results["runs"][entry["run"]]["device"]
+            multiprocessors = device.get("multiprocessors", multiprocessors)
+    shapes = list(dict.fromkeys(key for key, _ in entries))
+    number, names = {key: i for i, key in enumerate(shapes)}, list(known)
+    rows, auto = [], {}
+    for (key, choice), entry in entries.items():
+        name, _, mode = choice.partition(":")
+        if choice == "auto":
+            auto[number[key]] = entry["us"]
+        elif name in known:
+            _, n, k, m, _ = key
+            facts = facts_of(known[name], n, k, m, entry["packed_bytes"], multiprocessors)
+            at = names.index(name)
+            rows.append((entry["us"], number[key], at, mode == "stream", *facts.values()))
+    if not rows:
+        raise SystemExit("refit: expected forced runs of today's configs, got none")
+    columns = list(zip(*rows, strict=True))
+    us, shape, config, stream = (np.array(c) for c in columns[:4])
+    arrays = dict(zip(facts, (np.array(c, dtype=float) for c in columns[4:]), strict=True))
+    return Runs(names, us, shape, config, stream, arrays, shapes, auto)
+
+
+def near(runs: Runs) -> Runs:
+    """The runs that come near the fastest of their shape."""
+    fastest = {s: runs.us[runs.shape == s].min() for s in np.unique(runs.shape)}
+    return runs.only(runs.us <= NEAR * np.array([fastest[s] for s in runs.shape]))
+
+
+def fit(model: Model, runs: Runs, weight: float = 0.03) -> Model:
+    """Least squares over the near runs, then the search; the better of both starts of it.
+
+    Constants are pulled to where they were, so that what the runs say nothing about stays.
+    """
+    close = near(runs)
+    names = [runs.names[i] for i in np.unique(close.config)]
+    start = model.vector(names)
+
+    def residuals(vector: np.ndarray) -> np.ndarray:
+        error = np.log(close.estimate(model.with_vector(vector, names)) / close.us)
+        return np.concatenate([error, weight * (vector - start)])
+
+    def loss(vector: np.ndarray) -> float:
+        of = model.with_vector(vector, names)
+        error = np.log(close.estimate(of) / close.us)
+        regret = np.array(list(regrets(of, close).values()))
+        # Squares count as well, so that no shape is left far behind.
+        return regret.mean() + (regret**2).mean() * 5 + ERROR_SHARE * np.sqrt((error**2).mean())
+
+    found = [search(loss, vector) for vector in (start, minimise(residuals, start))]
+    return model.with_vector(min(found, key=loss), names)
+
+
+def search(loss, start: np.ndarray) -> np.ndarray:
+    """Coordinate search with smaller and smaller steps."""
+    x, least = start.copy(), loss(start)
+    for step in STEPS:
+        better = True
+        while better:
+            better = False
+            for at in range(len(x)):
+                for move in (step, -step):
+                    tried = x.copy()
+                    tried[at] += move
+                    if (value := loss(tried)) < least - 1e-6:
+                        x, least, better = tried, value, True
+    return x
+
+
+def minimise(residuals, start: np.ndarray, steps: int = 200) -> np.ndarray:
+    """Levenberg-Marquardt with a numerical Jacobian."""
+    x, damping = start.copy(), 1e-3
+    r = residuals(x)
+    for _ in range(steps):
+        jacobian = np.stack([(residuals(x + h) - r) / 1e-5 for h in np.eye(len(x)) * 1e-5], axis=1)
+        gradient, normal = jacobian.T @ r, jacobian.T @ jacobian
+        step = -np.linalg.solve(normal + damping * np.diag(np.diag(normal) + 1e-9), gradient)
+        step = np.clip(step, -1, 1)
+        new = residuals(x + step)
+        if new @ new < r @ r:
+            gained = 1 - (new @ new) / (r @ r)
+            x, r, damping = x + step, new, damping / 3
+            if gained < 1e-7:
+                break
+        else:
+            damping *= 4
+            if damping > 1e9:
+                break
+    return x
+
+
+def regrets(model: Model, runs: Runs) -> dict[int, float]:
+    """Of every shape: time of the run with the least estimate over the least time, less 1."""
+    estimates, found = runs.estimate(model), {}
+    for shape in np.unique(runs.shape):
+        here = np.flatnonzero(runs.shape == shape)
+        picked = here[estimates[here].argmin()]
+        found[int(shape)] = float(runs.us[picked] / runs.us[here].min() - 1)
+    return found
+
+
+def report(title: str, model: Model, runs: Runs) -> str:
+    found = regrets(model, runs)
+    error = np.abs(np.log(runs.estimate(model) / runs.us))
+    worst = sorted(found.items(), key=lambda item: -item[1])[:5]
+    lines = [
+        f"{title}: {len(found)} shapes, regret mean {statistics.mean(found.values()):.2%}, worst "
+        f"{max(found.values()):.2%}, above 3 % {sum(v > 0.03 for v in found.values())}, above 8 % "
+        f"{sum(v > 0.08 for v in found.values())}; median error of estimates {np.median(error):.1%}"
+    ]
+    for shape, regret in worst:
+        layer, _, _, m, dense = runs.shapes[shape]
+        lines.append(f"  {layer:<22} M = {m:<5} {dense:.1%} dense: {regret:.1%}")
+    taken = [us / runs.us[runs.shape == s].min() - 1 for s, us in runs.auto.items() if s in found]
+    if taken:
+        mean, most = statistics.mean(taken), max(taken)
+        lines.append(f"  as measured, the op's own choices: mean {mean:.2%}, worst {most:.2%}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, help="of gemm_sweep.py --configs all")
+    left_out = [f"{n}x{k}" for n, k in (*HELD_OUT, *UNSEEN)]
+    parser.add_argument("--hold-out", nargs="*", default=left_out)
+    parser.add_argument("--fit", action="store_true", help="fit the constants anew")
+    parser.add_argument("--write", action="store_true", help="the fitted constants into csrc")
+    args = parser.parse_args()
+    runs, model = read_runs(args.files), Model.read()
+    out = np.array([f"{n}x{k}" in args.hold_out for _, n, k, _, _ in runs.shapes])[runs.shape]
+    models = {"as it is": model}
+    if args.fit:
+        models["fitted"] = fit(model, runs.only(~out))
+    for title, of in models.items():
+        for part, keep in (("listed", ~out), ("held out", out)):
+            if keep.any():
+                print(report(f"{title}, {part}", of, runs.only(keep)))
+    if args.fit:
+        fitted = models["fitted"]
+        print("  ".join(f"{name} {_number(value)}" for name, value in fitted.device.items()))
+        for name, costs in fitted.config.items():
+            print(f"{name:<24}" + " ".join(f"{cost:8.3f}" for cost in costs))
+        if args.write:
+            fitted.write()
+
+
+if __name__ == "__main__":
+    main()

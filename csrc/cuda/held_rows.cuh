@@ -1,0 +1,366 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows that are computed and then quantised, in one pass over memory: threads hold their columns in
+// registers from the loads until the scale is known, quantise them, and gather bytes.
+//
+//   few rows:  a row a CTA, and several that compute the same where there is a gather to share; or
+//              a cluster of CTAs that share the columns and give each other all quantised bytes
+//   many rows: kRows rows at a time, whose bytes of a column lie beside each other in shared
+//              memory, so that one random access by the gather serves them all. CTAs stay, keep
+//              weight and gather, and load their next rows while they work on these.
+//
+// A Source holds the inputs and brings
+//   Element, Kept, Held       element of the inputs; what stays of 8 columns of a row, of a weight
+//   kInputs, kSums            their number; whether a factor that follows from squares comes in
+//   kMaxRows, kMaxVectors     what the registers hold
+//   input(i, m), stride(i)    row m of an input, elements between rows
+//   aligned                   whether rows of inputs and weights start at multiples of 16 bytes
+//   hold(c, k)                weights of 8 columns, which no kernel before writes
+//   take(in, m, c, left, squares)   what to keep of 8 columns, of which `left` exist
+//   factor(sum)               of the row
+//   raise(peak, kept, factor, held), value(kept, i, factor, held)   bits of |v|; v
+#pragma once
+
+#include "cuda/neighbours.h"
+#include "cuda/row_bytes.cuh"
+#include "cuda/row_exchange.cuh"
+#include "device/launch.h"
+
+namespace spense::cuda {
+namespace {
+
+constexpr int kSliceStep = 128;  // slices are multiples of this many columns
+constexpr int64_t kNearColumns = 1 << 16;
+
+struct Slices {
+  int width = 0;    // columns of a CTA
+  int outputs = 0;  // columns of y that it writes: fewer where several CTAs compute the same row
+  int cluster = 1;
+  int stage = 0;  // where rows on their way lie in shared memory
+};
+
+extern __shared__ __align__(16) unsigned char row_memory[];
+
+// kRegular: whole, aligned runs of 8 columns, and places of a gather in 16 bits.
+template <typename Source, int kRows, int kVectors, int kThreads, int kCtas, bool kRegular>
+__global__ void __launch_bounds__(kThreads, kCtas)
+    quantize_held_rows(const Source source, const QuantizeArgs p, const Slices slices) {
+  using T = typename Source::Element;
+  using Run = Eight<T>;
+  constexpr int kInputs = Source::kInputs;
+  constexpr bool kStaged = kRegular && kRows * kVectors > 1;  // rows come through shared memory
+  static_assert(kRegular || kRows == 1);
+  __shared__ Parts<uint32_t, kRows> peaks[2];
+  __shared__ Parts<double, kRows> sums;
+  __shared__ uint64_t bytes_arrived;
+
+  ptx::grid_launch_dependents();
+  const bool shared_row = kRows == 1 && slices.cluster > 1;
+  const Team team{shared_row ? ptx::cluster_rank() : 0u, shared_row ? gridDim.x : 1u};
+  const uint32_t arrived = ptx::smem_address(&bytes_arrived);
+  if constexpr (Source::kSums) sums.init();
+  for (auto& each : peaks) each.init();
+  if (shared_row) {
+    if (threadIdx.x == 0) {
+      ptx::barrier_init(arrived, 1);
+      ptx::barrier_init_fence();
+    }
+    // Zeros before other CTAs write, and no CTA may be written to before it runs.
+    __syncthreads();
+    ptx::cluster_arrive_relaxed();
+  }
+  const int k = static_cast<int>(p.k), padded = static_cast<int>(p.y_stride);
+  const int begin = min(static_cast<int>(team.rank) * slices.width, padded);
+  const int end = min(begin + slices.width, padded);
+  constexpr bool kShares = kRows * kVectors == 1;  // whether CTAs may compute the same row
+  const int first_output =
+      !kShares || shared_row ? begin : static_cast<int>(blockIdx.x) * slices.outputs;
+  const int outputs_end = kShares ? min(first_output + slices.outputs, end) : end;
+  int columns[kVectors], outputs[kVectors];
+  typename Source::Held held[kVectors];
+  Places places[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int offset = static_cast<int>(v * blockDim.x + threadIdx.x) * kColumns;
+    columns[v] = begin + offset;
+    outputs[v] = first_output + offset;
+    held[v] = source.template hold<kRegular>(columns[v], min(end, k) - columns[v]);
+    if (kRegular && p.gather && outputs[v] < outputs_end) {
+      places[v].set(read_gather<kRows, kRegular>(p, outputs[v]));
+    }
+  }
+  // Each thread's runs of the rows on their way; nobody else reads them.
+  constexpr int kRunBytes = static_cast<int>(sizeof(Run));
+  unsigned char* const stage = row_memory + slices.stage + threadIdx.x * kRunBytes;
+  const auto slot = [&](int input, int r, int v) {
+    return stage + ((input * kRows + r) * kVectors + v) * (kThreads * kRunBytes);
+  };
+  if constexpr (kStaged) {
+    // What is not loaded shall not be NaN.
+#pragma unroll
+    for (int i = 0; i < kInputs * kRows * kVectors; ++i) {
+      *reinterpret_cast<Run*>(slot(0, 0, 0) + i * (kThreads * kRunBytes)) = Run{};
+    }
+  }
+  if (shared_row) {
+    ptx::cluster_wait();
+  } else {
+    __syncthreads();
+  }
+  ptx::grid_dependency_wait();
+
+  const int64_t m = p.m, step = int64_t{gridDim.y} * kRows;
+  const auto fetch = [&](int64_t row) {
+#pragma unroll
+    for (int input = 0; input < kInputs; ++input) {
+      const T* from = source.input(input, row);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r, from += source.stride(input)) {
+        if (row + r >= m) break;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          if (columns[v] >= min(end, k)) continue;
+#pragma unroll
+          for (int i = 0; i < kRunBytes; i += 16) {
+            ptx::copy_async(ptx::smem_address(slot(input, r, v) + i),
+                            reinterpret_cast<const unsigned char*>(from + columns[v]) + i);
+          }
+        }
+      }
+    }
+  };
+  if constexpr (kStaged) fetch(int64_t{blockIdx.y} * kRows);
+
+  uint32_t turn = 0;
+  for (int64_t row = int64_t{blockIdx.y} * kRows; row < m; row += step, ++turn) {
+    const int rows = kRows == 1 ? 1 : static_cast<int>(min(m - row, int64_t{kRows}));
+    Run in[kInputs][kRows][kVectors];
+    if constexpr (kStaged) ptx::copy_async_wait();
+#pragma unroll
+    for (int input = 0; input < kInputs; ++input) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          if constexpr (kStaged) {
+            in[input][r][v] = *reinterpret_cast<const Run*>(slot(input, r, v));
+          } else {
+            const T* from = source.input(input, row) + columns[v];
+            in[input][r][v] = load_columns<Reuse::kNever, kRegular>(from, min(end, k) - columns[v]);
+          }
+        }
+      }
+    }
+    typename Source::Kept kept[kRows][kVectors];
+    double squares[kRows] = {};
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const bool owned = r < rows && (!kShares || shared_row || blockIdx.x == 0);
+        const int left = owned ? min(end, k) - columns[v] : 0;
+        Run both[kInputs];
+#pragma unroll
+        for (int input = 0; input < kInputs; ++input) both[input] = in[input][r][v];
+        kept[r][v] = source.template take<kRegular>(both, row + r, columns[v], left, squares[r]);
+      }
+    }
+
+    // Not before: copies that queue would hold up the arithmetic above.
+    if constexpr (kStaged) {
+      if (row + step < m) fetch(row + step);
+    }
+
+    float factor[kRows] = {};
+    if constexpr (Source::kSums) {
+      spread_rows(source.factor(sum_rows(squares, team, sums, turn & 1)), factor);
+    }
+    const auto forget = [&] {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if constexpr (Source::kSums) forget_derived(held[v]);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) forget_derived(kept[r][v]);
+      }
+    };
+    forget();
+    uint32_t peak[kRows] = {};
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        peak[r] = source.raise(peak[r], kept[r][v], factor[r], held[v]);
+      }
+    }
+    const float scale = scale_of(max_rows(peak, team, peaks[turn & 1], turn >> 1 & 1));
+    constexpr unsigned kLanes = 32 / kRows;
+    const unsigned of_row = threadIdx.x / kLanes;
+    if (threadIdx.x % kLanes == 0 && blockIdx.x == 0 && of_row < static_cast<unsigned>(rows)) {
+      p.scale[row + of_row] = scale;
+    }
+    float inverse[kRows];
+    spread_rows(__frcp_rn(scale), inverse);
+    forget();
+    const auto quantised = [&](int r, int v, int i) {
+      return __fmul_rn(source.value(kept[r][v], i, factor[r], held[v]), inverse[r]);
+    };
+    const auto bytes_of_row = [&](int r, int v) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        pairs[i] = fp8_pair(quantised(r, v, 2 * i), quantised(r, v, 2 * i + 1));
+      }
+      return Bytes8{pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16};
+    };
+    const auto store = [&](int v, const Bytes8(&bytes)[kRows]) {
+      uint8_t* to = p.y + row * p.y_stride + outputs[v];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r, to += p.y_stride) {
+        if (r < rows) store_bytes<kRegular>(to, k - outputs[v], bytes[r]);
+      }
+    };
+    if (p.gather == nullptr) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (columns[v] >= end) continue;
+        Bytes8 bytes[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) bytes[r] = bytes_of_row(r, v);
+        store(v, bytes);
+      }
+      continue;
+    }
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int c = columns[v];
+      if (c >= end) continue;
+      if constexpr (kRows == 1) {
+        *reinterpret_cast<Bytes8*>(row_memory + c) = bytes_of_row(0, v);
+      } else {
+        uint32_t words[kColumns * kRows / 4];
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+#pragma unroll
+          for (int r = 0; r < kRows; r += 2) {
+            const uint32_t pair = fp8_pair(quantised(r, v, i), quantised(r + 1, v, i));
+            const int at = i * kRows + r;
+            words[at / 4] = at % 4 == 0 ? pair : words[at / 4] | pair << 16;
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) {
+          *reinterpret_cast<uint4*>(row_memory + place_of<kRows>(c + i * 16 / kRows)) =
+              *reinterpret_cast<const uint4*>(words + 4 * i);
+        }
+      }
+    }
+    if (shared_row) ptx::async_proxy_fence();
+    __syncthreads();
+    if (shared_row) {
+      const auto mine = static_cast<uint32_t>(end - begin);
+      if (threadIdx.x == 0) ptx::barrier_arrive_expect(arrived, padded - mine);
+      if (threadIdx.x < team.size && threadIdx.x != team.rank && mine > 0) {
+        const uint32_t from = ptx::smem_address(row_memory + begin);
+        ptx::copy_to_cluster(ptx::remote_address(from, threadIdx.x), from, mine,
+                             ptx::remote_address(arrived, threadIdx.x));
+      }
+      __syncwarp();
+      ptx::barrier_wait(arrived, turn & 1);
+      ptx::cluster_arrive_relaxed();  // this CTA has got everything
+    }
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (outputs[v] >= outputs_end) continue;
+      Bytes8 bytes[kRows];
+      if constexpr (kRegular) {
+        gather_bytes<kRows>(row_memory, places[v].get(), bytes);
+      } else {
+        gather_bytes<kRows>(row_memory, read_gather<kRows, kRegular>(p, outputs[v]), bytes);
+      }
+      store(v, bytes);
+    }
+    if (shared_row) ptx::cluster_wait();  // others have got what this CTA gives
+  }
+}
+
+template <typename Source, int kRows, int kVectors, int kThreads, int kCtas, bool kRegular>
+void launch_held(const Source& source, const QuantizeArgs& rows, int cluster, Stream stream) {
+  constexpr int64_t kLeastOutputs = 1024;
+  const int64_t steps = rows.y_stride / kSliceStep;
+  Slices slices;
+  slices.cluster = cluster;
+  slices.width = static_cast<int>((steps + cluster - 1) / cluster * kSliceStep);
+  slices.outputs = slices.width;
+  const int64_t multiprocessors = device_info().multiprocessors;
+  int64_t ctas = cluster;  // of a row
+  constexpr bool kShares = kRows * kVectors == 1;
+  if (kShares && cluster == 1 && rows.gather) {
+    // Random reads of shared memory take their time; multiprocessors without work share them.
+    ctas = std::clamp<int64_t>(multiprocessors / rows.m, 1, slices.width / kLeastOutputs + 1);
+    slices.outputs = static_cast<int>((steps + ctas - 1) / ctas * kSliceStep);
+  }
+  LaunchShape shape;
+  const int64_t vectors = slices.width / kColumns;
+  shape.block = dim3(static_cast<unsigned>(((vectors + kVectors - 1) / kVectors + 31) / 32 * 32));
+  shape.cluster = cluster;
+  shape.dependent = true;
+  int64_t smem = rows.gather ? kRows * rows.y_stride : 0;
+  int64_t groups = std::min<int64_t>((rows.m + kRows - 1) / kRows, kMaxGridRows);
+  if constexpr (kRegular && kRows * kVectors > 1) {
+    slices.stage = static_cast<int>(smem);
+    smem += Source::kInputs * kRows * kVectors * kThreads *
+            static_cast<int64_t>(sizeof(Eight<typename Source::Element>));
+    if (cluster == 1) {
+      groups = std::min(groups, multiprocessors * kCtas);
+    }
+  }
+  shape.grid = dim3(static_cast<unsigned>(ctas), static_cast<unsigned>(groups));
+  shape.smem_bytes = static_cast<int>(smem);
+  auto* kernel = &quantize_held_rows<Source, kRows, kVectors, kThreads, kCtas, kRegular>;
+  if (smem > 40 * 1024) allow_smem(kernel, kMaxSmem);  // 48 KiB are free, with the static part
+  launch(kernel, shape, stream, source, rows, slices);
+}
+
+// `least`: columns that are worth a CTA of their own.
+template <typename Source>
+void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, Stream stream) {
+  if (rows.m == 0) return;
+  constexpr int kMost = 1024, kNarrow = 640;  // threads of a CTA; of one of two an SM
+  constexpr int kWide = 896;                  // threads that have registers for four vectors
+  const int64_t multiprocessors = device_info().multiprocessors, columns = rows.y_stride;
+  const bool regular = rows.k % kColumns == 0 && rows.k <= kNearColumns && source.aligned &&
+                       reinterpret_cast<uintptr_t>(rows.gather) % 16 == 0;
+  if (regular && rows.m >= 2 * multiprocessors && columns <= kMost * kColumns) {
+    const bool narrow = columns <= kNarrow * kColumns;
+    if constexpr (Source::kMaxRows >= 4) {
+      if (rows.m >= 12 * multiprocessors) {
+        return narrow ? launch_held<Source, 4, 1, kNarrow, 2, true>(source, rows, 1, stream)
+                      : launch_held<Source, 4, 1, kMost, 1, true>(source, rows, 1, stream);
+      }
+    }
+    return narrow ? launch_held<Source, 2, 1, kNarrow, 2, true>(source, rows, 1, stream)
+                  : launch_held<Source, 2, 1, kMost, 1, true>(source, rows, 1, stream);
+  }
+  constexpr int64_t kLongest =
+      kColumns * (Source::kMaxVectors >= 4 ? 4 * kWide : Source::kMaxVectors * kMost);
+  static_assert(kMaxFusedColumns <= kMaxCluster * kLongest);
+  int cluster = 1;
+  const auto width = [&] { return (columns / kSliceStep + cluster - 1) / cluster * kSliceStep; };
+  while (cluster < kMaxCluster &&
+         (width() > kLongest || (width() > least && 2 * cluster * rows.m <= multiprocessors))) {
+    cluster *= 2;
+  }
+  const auto go = [&]<int kVectors, int kThreads, int kCtas>() {
+    regular
+        ? launch_held<Source, 1, kVectors, kThreads, kCtas, true>(source, rows, cluster, stream)
+        : launch_held<Source, 1, kVectors, kThreads, kCtas, false>(source, rows, cluster, stream);
+  };
+  if (width() <= kColumns * kNarrow) return go.template operator()<1, kNarrow, 2>();
+  if (width() <= kColumns * kMost) return go.template operator()<1, kMost, 1>();
+  if (Source::kMaxVectors < 4 || width() <= 2 * kColumns * kMost) {
+    return go.template operator()<2, kMost, 1>();
+  }
+  if constexpr (Source::kMaxVectors >= 4) go.template operator()<4, kWide, 1>();
+}
+
+}  // namespace
+}  // namespace spense::cuda

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bench/refit.py: its formula is the C++ one, and a fit finds constants that made the times."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spense_kernels import _C
+from spense_kernels.format import Split
+
+BENCH = Path(__file__).parents[1] / "bench"
+SHAPES = [(10240, 5120), (5120, 8192), (51200, 5120), (5120, 25600), (2112, 7168)]
+TOKENS = [1, 16, 40, 64, 128, 200, 512, 1024, 4096]
+
+
+@pytest.fixture
+def refit(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import refit
+
+    return refit
+
+
+def results(refit, model, noise: float = 0.0) -> dict:
+    """A sweep's file in which every configuration takes what the model says."""
+    entries, chance = [], np.random.default_rng(0)
+    for n, k in SHAPES:
+        for d in (0.0, 0.25, 1.0):
+            packed = Split.from_fraction(n, k, d).packed_bytes
+            for m in TOKENS:
+                shape = {"layer": f"{n}x{k}", "n": n, "k": k, "m": m, "dense": d, "run": 0}
+                for name, config in refit.instances().items():
+                    facts = refit.facts_of(config, n, k, m, packed, 132)
+                    for mode in ("whole",) if config.splits > 1 else ("whole", "stream"):
+                        us = refit.estimate(
+                            model.device, *model.config[name], mode == "stream", facts
+                        )
+                        us = float(us * np.exp(noise * chance.standard_normal()))
+                        run = {"config": f"{name}:{mode}", "us": us, "packed_bytes": packed}
+                        entries.append(shape | run)
+    return {"runs": [{"device": {"multiprocessors": 132}}], "configs": entries}
+
+
+def test_the_formula_is_that_of_the_product(refit, tmp_path):
+    """The op's own choice is the run with the least estimate, in as many microseconds."""
+    model = refit.Model.read()
+    assert list(model.config) == list(refit.instances()) == _C.sm90.configs()
+    file = tmp_path / "configs.json"
+    file.write_text(json.dumps(results(refit, model)))
+    runs = refit.read_runs([file])
+    estimates = runs.estimate(model)
+    np.testing.assert_allclose(estimates, runs.us, rtol=1e-12)
+    for number, (_, n, k, m, d) in enumerate(runs.shapes):
+        found = _C.sm90.estimate(m, n, k, Split.from_fraction(n, k, d).packed_bytes)
+        here = runs.shape == number
+        assert estimates[here].min() == pytest.approx(found["us"], rel=1e-9)
+        best = np.flatnonzero(here)[estimates[here].argmin()]
+        mode = "stream" if runs.stream[best] else "whole"
+        assert found["config"] == f"{runs.names[runs.config[best]]}:{mode}"
+    assert max(refit.regrets(model, runs).values()) == 0
+
+
+def test_a_fit_finds_what_made_the_times(refit, tmp_path):
+    truth = refit.Model.read()
+    start = refit.Model(
+        truth.device | {"kDramBytesPerUs": 2.2e6, "kDenseUnit": 0.9, "kLaunchUs": 3.0},
+        {
+            name: [unit * (1.3, 0.8)[i % 2], tile + 2, fixup * 1.5]
+            for i, (name, (unit, tile, fixup)) in enumerate(truth.config.items())
+        },
+    )
+    file = tmp_path / "configs.json"
+    file.write_text(json.dumps(results(refit, truth, noise=0.01)))
+    runs = refit.read_runs([file])
+    fitted = refit.fit(start, runs)
+    before, after = refit.regrets(start, runs), refit.regrets(fitted, runs)
+    assert max(before.values()) > 0.1
+    assert max(after.values()) < 0.04
+    assert sum(after.values()) / len(after) < 0.01
+    assert fitted.device["kDramBytesPerUs"] == pytest.approx(
+        truth.device["kDramBytesPerUs"], rel=0.05
+    )
+
+
+def test_written_constants_are_read_again(refit, tmp_path, monkeypatch):
+    for name in ("COSTS", "FORMULA"):
+        copy = tmp_path / getattr(refit, name).name
+        copy.write_text(getattr(refit, name).read_text())
+        monkeypatch.setattr(refit, name, copy)
+    model = refit.Model.read()
+    model.device["kL2BytesPerUs"] = 9.87e6
+    model.device["kReread"] = 0.123
+    model.config[next(iter(model.config))] = [0.321, 4.5, 6.7]
+    model.write()
+    assert refit.Model.read() == model
+
+
+def test_regret_from_the_command_line(refit, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "configs.json"
+    file.write_text(json.dumps(results(refit, refit.Model.read(), noise=0.02)))
+    monkeypatch.setattr(sys, "argv", ["refit", str(file)])
+    refit.main()
+    text = capsys.readouterr().out
+    assert "as it is, listed: 108 shapes, regret mean" in text
+    assert "as it is, held out: 27 shapes" in text
