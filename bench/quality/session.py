@@ -34,6 +34,8 @@ SETTINGS = {
     "search_rows": 1024,
     "refit_steps": 20,
 }
+# What a GPU can afford beside that: F from every position of more sequences.
+SENSITIVITY = {"sensitivity_sequences": 128, "sensitivity_stride": 1, "sensitivity_batch": 8}
 
 
 @dataclass
@@ -88,6 +90,8 @@ class Session:
 
     def prune(self, name: str, config: PruneConfig, seed: int, count: int | None = None):
         """Prune a copy, measure it, keep the row. Returns (row, pruned model)."""
+        if self.device != "cpu":
+            config = config.replace(**SENSITIVITY)
         statistics = self.statistics(seed, config, count)
         target = shallow_clone(self.model)
         begin = time.monotonic()
