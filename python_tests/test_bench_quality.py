@@ -143,6 +143,27 @@ def test_tables_come_from_the_result_files(tmp_path):
     assert "| dense | 2 (bf16) |" in found["baselines"]
 
 
+def test_targets_are_means_over_seeds():
+    comparisons = importlib.import_module("comparisons")
+
+    def row(r, **more):
+        return {part: {"r": r} for part in ("validation", "test", "outside")} | more
+
+    rows = {
+        "dense": row(1.0),
+        "staircase 25 %, seed 0": row(0.7, prune_seconds=9.0),
+        "staircase 25 %, seed 1": row(0.8, prune_seconds=11.0),
+        "staircase 25 %, fine-tuned 60 s, seed 0": row(0.9, prune_seconds=9.0, tune_seconds=61.0),
+    }
+    setup = {"model": "m", "calibration_windows": 8, "validation_windows": 2, "test_windows": 4}
+    table = comparisons.targets({"setup": setup, "machine": {"device": "cpu"}, "rows": rows})
+    assert table.splitlines()[2:5] == [
+        "| dense | 1 | 1.000 | 1.000 |  | 1.000 |  |",
+        "| staircase 25 % | 2 | 0.750 | 0.750 | 0.700, 0.800 | 0.750 | 11 |",
+        "| staircase 25 %, fine-tuned 60 s | 1 | 0.900 | 0.900 |  | 0.900 | 61 |",
+    ]
+
+
 def test_the_page_is_what_the_results_say():
     document = importlib.import_module("document")
     page = document.PAGE.read_text(encoding="utf-8")

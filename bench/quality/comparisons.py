@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of baselines.py and second_family.py for docs/pruning.md, from their result files."""
+"""Tables of targets.py, baselines.py and second_family.py for docs/pruning.md from their files."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
-FILES = {"baselines": "quality_baselines.json", "second": "quality_second.json"}
+FILES = {
+    "targets": "quality_targets.json",
+    "baselines": "quality_baselines.json",
+    "second": "quality_second.json",
+}
+# Rows of targets.py: the same with the seed left out are one line.
+_SEED = re.compile(r", seed \d+$")
 MISSING = "No results committed yet."
 
 
@@ -40,6 +47,37 @@ def size_of(name: str, row: dict) -> str:
     return "2 (bf16)" if name == "dense" else f"{hybrid_bytes(row['dense_fraction']):.3f}"
 
 
+def targets(result: dict) -> str:
+    """Means over the calibration seeds."""
+    rows, setup = result["rows"], result["setup"]
+    found: dict[str, list[dict]] = {}
+    for name, row in rows.items():
+        found.setdefault(_SEED.sub("", name), []).append(row)
+    lines = [
+        "| row | seeds | validation R | test R | least, most | outside R | s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, same in found.items():
+        by_part = {part: [row[part]["r"] for row in same]
+                   for part in ("validation", "test", "outside")}  # fmt: skip
+        mean = {part: sum(values) / len(values) for part, values in by_part.items()}
+        tests = by_part["test"]
+        seconds = [row.get("tune_seconds", row.get("prune_seconds")) for row in same]
+        taken = f"{max(seconds):.0f}" if None not in seconds else ""
+        spread = f"{min(tests):.3f}, {max(tests):.3f}" if len(tests) > 1 else ""
+        lines.append(
+            f"| {name} | {len(same)} | {mean['validation']:.3f} | {mean['test']:.3f} | {spread} | "
+            f"{mean['outside']:.3f} | {taken} |"
+        )
+    return "\n\n".join([
+        "\n".join(lines),
+        f"{setup['model']}, {setup['calibration_windows']} calibration, "
+        f"{setup['validation_windows']} validation and {setup['test_windows']} test windows, "
+        f"{result['machine']['device']}. Seconds are the longest prune or fine-tune of the line; a "
+        "fine-tune's text holds the validation windows.",
+    ])  # fmt: skip
+
+
 def baselines(result: dict) -> str:
     setup = result["setup"]
     return "\n\n".join([
@@ -64,7 +102,7 @@ def second(result: dict) -> str:
 def parts(folder: Path) -> dict[str, str]:
     """Text by marker; says so where a result file is not there."""
     found = {}
-    for marker, make in (("baselines", baselines), ("second", second)):
+    for marker, make in (("targets", targets), ("baselines", baselines), ("second", second)):
         path = folder / FILES[marker]
         found[marker] = MISSING
         if path.exists():
