@@ -5,13 +5,15 @@ import pytest
 import torch
 from test_prune_obs import loss, problem
 
-from spense_kernels.prune.admm import search_mask
+from spense_kernels.prune.admm import newton_inverse, search_mask
+from spense_kernels.prune.blocks import blocks
 from spense_kernels.prune.compress import compress
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.hessian import damp, inverse_factor
 from spense_kernels.prune.mask import is_2to4
 from spense_kernels.prune.obs import sweep
 from spense_kernels.prune.order import Problem
+from spense_kernels.prune.refit import refit
 
 
 def searched(k, starts, steps):
@@ -19,8 +21,9 @@ def searched(k, starts, steps):
     weight, hessian = problem(n=len(starts), k=k)
     starts = torch.tensor(starts)
     swept = sweep(weight[None], inverse_factor(damp(hessian, 0.01))[None], starts)
-    found = search_mask(swept.weight[0], weight, swept.mask[0], hessian, steps, starts)
-    return weight, hessian, swept, found
+    given = swept.weight, weight[None], swept.mask, hessian[None], steps, starts[None]
+    found, mask = search_mask(*given)
+    return weight, hessian, swept, (found[0], mask[0])
 
 
 @pytest.mark.parametrize("steps", [1, 5, 7, 30])
@@ -49,9 +52,10 @@ def test_dead_inputs_do_no_harm():
     hessian[5] = hessian[:, 5] = 0
     starts = torch.full((96,), 24)
     swept = sweep(weight[None], inverse_factor(damp(hessian, 0.01))[None], starts)
-    found, mask = search_mask(swept.weight[0], weight, swept.mask[0], hessian, 10, starts)
+    given = swept.weight, weight[None], swept.mask, hessian[None], 10, starts[None]
+    found, mask = search_mask(*given)
     assert torch.isfinite(found).all()
-    assert mask[:, :24].reshape(96, -1, 4).sum(dim=-1).eq(2).all()
+    assert mask[0, :, :24].reshape(96, -1, 4).sum(dim=-1).eq(2).all()
 
 
 @pytest.mark.parametrize("widths", [[0], [32], [48]])
@@ -68,6 +72,54 @@ def test_no_row_loses_more_and_the_matrix_loses_less(widths):
     # The choice is made on float32 losses, so rows that tie may differ by their rounding.
     assert (losses[30] <= losses[0] * (1 + 1e-4)).all()
     assert losses[30].sum() < 0.97 * losses[0].sum()
+
+
+def test_blocks_hold_every_row_once():
+    """Rows of every start, in the matrices that have it; short ones are padded and not written."""
+    starts = torch.tensor([[8, 8, 4, 0], [8, 8, 8, 8], [4, 4, 4, 0]])
+    values = torch.rand(3, 4, 8)
+    out = torch.zeros_like(values)
+    found = blocks(starts)
+    assert [block.start for block in found] == [0, 4, 8]
+    for block in found:
+        taken = block.take(values)
+        assert (block.take(starts) == block.start).all()
+        assert block.of(values).shape[0] == len(block.which)
+        if block.valid is not None:
+            taken[~block.valid] = torch.nan  # must not arrive
+        block.put(out, taken)
+    assert torch.equal(out, values)
+    assert found[1].of(values)[1].equal(values[2])
+    assert blocks(torch.full((2, 4), 8))[0].valid is None
+
+
+@pytest.mark.parametrize("growth", [1.1, 1.46, 1.9])
+def test_newton_inverse_from_the_pull_before(growth):
+    hessian = torch.stack([problem(seed=s)[1] for s in range(2)]).double()
+    root = hessian.diagonal(dim1=-2, dim2=-1).sqrt()[:, None]
+    scaled, eye = hessian / root / root.transpose(1, 2), torch.eye(160, dtype=torch.float64)
+    before = torch.linalg.inv(scaled + 0.3 * eye)
+    wanted = torch.linalg.inv(scaled + 0.3 * growth * eye)
+    found = newton_inverse(scaled + 0.3 * growth * eye, before)
+    assert (found - wanted).norm() <= 2 * (growth - 1) ** 16 * wanted.norm() + 1e-10
+
+
+def test_rows_of_mixed_starts_search_as_each_matrix_alone():
+    weights, hessians = zip(*[problem(seed=s) for s in range(2)], strict=True)
+    starts = torch.tensor([[160] * 64 + [120] * 32, [80] * 64 + [160] * 32])
+    targets, hessian = torch.stack(weights), torch.stack(hessians)
+    factor = torch.stack([inverse_factor(damp(h, 0.01)) for h in hessians])
+    swept = sweep(targets, factor, starts)
+    both, masks = search_mask(swept.weight, targets, swept.mask, hessian, 10, starts)
+    fitted = refit(both, targets, masks, hessian, 5, starts)
+    for i in range(2):
+        one = slice(i, i + 1)
+        given = swept.weight[one], targets[one], swept.mask[one], hessian[one], 10, starts[one]
+        alone, mask = search_mask(*given)
+        assert torch.equal(mask, masks[one])
+        torch.testing.assert_close(alone, both[one], rtol=1e-4, atol=1e-5)
+        again = refit(alone, targets[one], mask, hessian[one], 5, starts[one])
+        torch.testing.assert_close(again, fitted[one], rtol=1e-3, atol=1e-4)
 
 
 def test_layers_together_search_alike():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tile loses at each dense width, after all of the prune (curves="refit")."""
+"""Losses of rows at every width, and the shares that a staircase chooses from."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ pytest.importorskip("transformers")
 from prune_models import make, pruned_tensors, quick, same, tokens_for_calibration
 
 from spense_kernels.errors import PruneError
-from spense_kernels.prune import PruneConfig, collect_statistics
-from spense_kernels.prune.compress import compress, row_curves
-from spense_kernels.prune.curves import finished_curves
+from spense_kernels.prune import PruneConfig, collect_statistics, plan
+from spense_kernels.prune.compress import compress
+from spense_kernels.prune.curves import finished_curves, row_curves
 from spense_kernels.prune.order import Problem
 
 
@@ -69,6 +69,47 @@ def test_curves_reach_the_staircase():
     assert 0.0 < sum(share) < len(share)
 
 
+def test_shares_suit_the_fraction_unless_named():
+    assert quick(dense_fraction=0.25).shares == (0.0, 0.25, 0.5, 1.0)
+    assert quick(dense_fraction=0.5).shares == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert quick(dense_fraction=0.5, widths=(0.5,)).shares == (0.0, 0.5, 1.0)
+
+
+def test_curves_serve_the_next_fraction(gemma, tokens, monkeypatch):
+    """Kept in the statistics for other fractions with the same shares, and nothing else."""
+    statistics = collect_statistics(gemma, tokens, quick(strategy="staircase"))
+    made = []
+    real = plan.row_curves
+    monkeypatch.setattr(plan, "row_curves", lambda *given: made.append(1) or real(*given))
+
+    def run(**changes):
+        made.clear()
+        config = quick(strategy="staircase", **changes)
+        found = pruned_tensors(gemma, tokens, config, statistics=statistics)
+        return found, len(made)
+
+    first, worked = run(dense_fraction=0.25)
+    assert worked > 0
+    assert run(dense_fraction=0.125)[1] == 0
+    assert run(dense_fraction=0.5)[1] == worked  # other shares
+    assert run(refit_steps=3)[1] == worked
+    again, worked = run(dense_fraction=0.25)
+    assert worked == 0
+    assert same(first, again)
+
+
 def test_bad_name():
     with pytest.raises(PruneError, match="curves must be one of"):
         PruneConfig(curves="true")
+
+
+@pytest.mark.parametrize("changes", [{}, {"curve_refit_steps": 3}, {"score": "obs"}])
+def test_curves_of_several_layers_are_those_of_each(changes):
+    config = quick(strategy="staircase", **changes)
+    both = [problem(), problem()]
+    both[1].hessian = both[1].hessian.flip(0, 1)
+    seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    together = row_curves(both, [0, 16, 64], config, seeds)
+    for given, found in zip(both, together, strict=True):
+        (alone,) = row_curves([given], [0, 16, 64], config, [torch.Generator()])
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-6)

@@ -138,8 +138,8 @@ def test_bad_calibration(calibration, text, gemma):
 
 @pytest.mark.parametrize("changes", [
     {"dense_fraction": 1.5}, {"method": "obd"}, {"refit_steps": -1}, {"k_shards": 0},
-    {"widths": ()}, {"widths": (0.0, 2.0)}, {"damping": 0.0}, {"seed": 1.5},
-    {"strategy": "staircase", "method": "wanda"}, {"dense_fraction": float("nan")},
+    {"widths": ("half",)}, {"curves": "some"}, {"widths": (0.0, 2.0)}, {"damping": 0.0},
+    {"strategy": "staircase", "method": "wanda"}, {"dense_fraction": float("nan")}, {"seed": 1.5},
 ])  # fmt: skip
 def test_bad_settings(changes):
     with pytest.raises(PruneError, match="PruneConfig"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from spense_kernels.errors import PruneError
 from spense_kernels.format import Split
 from spense_kernels.prune.config import PruneConfig
-from spense_kernels.prune.order import Problem, choose_order, gather_order, rank_columns
+from spense_kernels.prune.order import Problem, choose_orders, gather_order, rank_columns
 from spense_kernels.prune.permute import (
     _values_at_once,
     _values_one_by_one,
@@ -64,11 +64,15 @@ def test_both_ways_to_value_splits_agree():
     torch.testing.assert_close(one, other, rtol=17 * 2**-23, atol=0)  # sums of 17 in any order
 
 
+def searched(saliency, segments, rounds):
+    return search([saliency], [segments], rounds, [generator()])[0]
+
+
 def test_search_never_lowers_the_retained_saliency():
     saliency = heavy_tailed(40, 96)
     last = float(retained(saliency))
     for rounds in (0, 1, 5, 20, 80):
-        order = search(saliency, [(0, 96)], rounds, generator())
+        order = searched(saliency, [(0, 96)], rounds)
         assert sorted(order.tolist()) == list(range(96))
         now = float(retained(saliency[:, order]))
         assert now >= last * (1 - 1e-6)
@@ -80,14 +84,14 @@ def test_search_beats_snake_dealing():
     saliency = heavy_tailed(64, 128, seed=3) * torch.logspace(0, 3, 128)
     dealt = snake(saliency.sum(0).argsort(descending=True))
     saliency = saliency[:, dealt]
-    found = search(saliency, [(0, 128)], 60, generator())
+    found = searched(saliency, [(0, 128)], 60)
     assert float(retained(saliency[:, found])) > float(retained(saliency))
 
 
 def test_search_finds_the_optimum_of_a_small_case():
     """Eight columns in two groups: one round tries all 35 splits."""
     saliency = heavy_tailed(9, 8, seed=5)
-    order = search(saliency, [(0, 8)], 1, generator())
+    order = searched(saliency, [(0, 8)], 1)
     best = split_values(saliency.T.contiguous(), torch.arange(8)[None]).max()
     assert float(retained(saliency[:, order])) == pytest.approx(float(best), rel=1e-6)
 
@@ -95,10 +99,21 @@ def test_search_finds_the_optimum_of_a_small_case():
 def test_search_stays_inside_segments():
     saliency = heavy_tailed(20, 70)
     segments = [(0, 16), (16, 48), (48, 54)]  # the last holds one group and two odd columns
-    order = search(saliency, segments, 20, generator())
+    order = searched(saliency, segments, 20)
     for first, last in segments:
         assert sorted(order[first:last].tolist()) == list(range(first, last))
     assert order[52:].tolist() == list(range(52, 70))
+
+
+def test_matrices_together_get_the_orders_that_each_gets_alone():
+    saliencies = [heavy_tailed(20, 70, seed=s) for s in range(3)]
+    segments = [[(0, 70)], [(0, 16), (16, 48)], [(0, 4)]]  # the last has nothing to exchange
+    together = search(saliencies, segments, 20, [generator(s) for s in range(3)])
+    for i, found in enumerate(together):
+        alone = search([saliencies[i]], [segments[i]], 20, [generator(i)])[0]
+        assert torch.equal(found, alone)
+    assert together[2].tolist() == list(range(70))
+    assert together[1][48:].tolist() == list(range(48, 70))
 
 
 @pytest.mark.parametrize("permutation", ["none", "snake", "search"])
@@ -116,7 +131,7 @@ def test_order_is_a_legal_split(permutation, k, k_shards, widths):
     config = PruneConfig(permutation=permutation, search_rounds=5, search_rows=64)
     dense = torch.cat(parts)
     starts = torch.full((300,), k)
-    k_perm, _ = choose_order(problem, dense, starts, config, generator())
+    (k_perm,), _ = choose_orders([problem], [dense], [starts], config, [generator()])
     distinct = sorted({w for part in widths for w in part})
     scores = column_scores("wanda", dense, hessian)
     for shard in range(k_shards):

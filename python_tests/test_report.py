@@ -219,7 +219,7 @@ def test_a_gpu_prunes_as_many_layers_together_as_fit(monkeypatch):
 
     layers = [LayerStatistics([], {"q": torch.zeros(256, 256)}) for _ in range(6)]
     statistics = Statistics(layers, "norm")
-    free = {"bytes": 8 * 4 * 256**2 * 4}
+    free = {"bytes": 16 * 4 * 256**2 * 4}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free["bytes"], 0))
     assert layers_at_once(statistics, "cuda") == 4
     free["bytes"] = 1 << 40

@@ -44,7 +44,7 @@ def one_layer(shrink: int, length: int, device: str):
     return model.eval().requires_grad_(False)
 
 
-def main() -> None:
+def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shrink", type=int, default=1, help="divide all sizes, to try the script")
@@ -54,7 +54,11 @@ def main() -> None:
     parser.add_argument("--strategy", default="staircase")
     parser.add_argument("--admm-steps", type=int, default=30)
     parser.add_argument("--out", type=Path, default=None)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """Collect and prune once; a record of times and memory."""
     torch.manual_seed(0)
     model = one_layer(options.shrink, options.length, options.device)
     tokens = torch.randint(0, 1024, (options.sequences, options.length))
@@ -75,7 +79,7 @@ def main() -> None:
     report = prune_model(model, tokens, config, statistics=statistics, device=options.device)
     done = time.monotonic()
     peak = torch.cuda.max_memory_allocated() if cuda else 0
-    result = {
+    return {
         "model": "one layer with the shapes of Qwen3-32B"
         + f" / {options.shrink}" * (options.shrink > 1),
         "tokens": list(tokens.shape),
@@ -91,7 +95,11 @@ def main() -> None:
         "dense_fraction": report.dense_fraction,
         "targets": {"seconds": TARGET_SECONDS, "peak_device_bytes": TARGET_BYTES},
     }
-    text = json.dumps(result, indent=1)
+
+
+def main() -> None:
+    options = parse()
+    text = json.dumps(measure(options), indent=1)
     print(text)
     if options.out is not None:
         options.out.write_text(text + "\n", encoding="utf-8")

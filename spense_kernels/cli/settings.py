@@ -29,7 +29,7 @@ def make_config(options: dict, changes: list[str]) -> PruneConfig:
 
 def _parse(word: str) -> tuple[str, object]:
     name, equals, text = word.partition("=")
-    fields = {f.name: f.default for f in dataclasses.fields(PruneConfig)}
+    fields = {f.name: f for f in dataclasses.fields(PruneConfig)}
     if not equals:
         raise UserError(f"--set: expected NAME=VALUE, got {word!r}")
     if name not in fields:
@@ -37,7 +37,8 @@ def _parse(word: str) -> tuple[str, object]:
     return name, _value(name, text, fields[name])
 
 
-def _value(name: str, text: str, default):
+def _value(name: str, text: str, field: dataclasses.Field):
+    default = field.default
     if isinstance(default, bool):
         known = {"true": True, "false": False}
         if text.lower() not in known:
@@ -47,7 +48,7 @@ def _value(name: str, text: str, default):
         return text
     if isinstance(default, tuple):
         words = [word for word in text.split(",") if word]
-        if default and isinstance(default[0], float):
+        if "float" in str(field.type):
             return tuple(_number(name, word, float) for word in words)
         return tuple(words)
     return _number(name, text, type(default))

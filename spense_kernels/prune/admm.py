@@ -11,10 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spense_kernels.prune.blocks import blocks
+from spense_kernels.prune.hessian import cholesky
 from spense_kernels.prune.mask import top2_mask
 from spense_kernels.prune.refit import ridged, schur_complement
 
 FIRST_PULL, LAST_PULL = 0.3, 2.0  # over the diagonal of H scaled to 1
+NEWTON_GROWTH = 1.5  # of the pull: at most 0.5^16 of an inverse is lost in four steps of Newton's
 PULL_STEPS = 5  # steps between two pulls; each new one costs an inverse
 ROWS = 512  # rows in work at a time on the CPU
 
@@ -31,27 +34,28 @@ def search_mask(
     """A 2:4 mask for rows whose first `dense_start` columns are sparse, and weights on it.
 
     Args:
-        weight: float32 [N, K], zero off the mask: where the search starts.
-        target: float32 [N, K], the dense weights.
-        mask: bool [N, K]; true from dense_start on.
-        hessian: float32 [K, K] without damping.
+        weight: float32 [B, N, K], zero off the mask: where the search starts.
+        target: float32 [B, N, K], the dense weights.
+        mask: bool [B, N, K]; true from dense_start on.
+        hessian: float32 [B, K, K] without damping.
         steps: of the search.
-        dense_start: int64 [N].
+        dense_start: int64 [B, N].
         damping: added to diag(H), relative to its mean over live inputs.
 
-    Returns weights float32 [N, K] (not refitted) and mask bool [N, K].
+    Returns weights float32 [B, N, K] (not refitted) and mask bool [B, N, K].
     """
     full = ridged(hessian, damping)
     weight, mask = weight.clone(), mask.clone()
-    for start in dense_start.unique().tolist():
+    for block in blocks(dense_start):
+        start = block.start
         # A short last group keeps the sweep's choice.
         if start < 4 or start % 4:
             continue
-        rows = (dense_start == start).nonzero().flatten()
-        reduced, _ = schur_complement(full[None], start)
-        found = _search(weight[rows, :start], target[rows, :start], reduced[0], steps)
-        weight[rows, :start] = found
-        mask[rows, :start] = _two_of_four(found)
+        reduced, _ = schur_complement(block.of(full), start)
+        given = block.take(weight)[..., :start], block.take(target)[..., :start]
+        found = _search(*given, reduced, steps)
+        block.put(weight, found)
+        block.put(mask, _two_of_four(found))
     return weight, mask
 
 
@@ -61,26 +65,60 @@ def _two_of_four(values: Tensor) -> Tensor:
 
 
 def _search(start: Tensor, target: Tensor, hessian: Tensor, steps: int) -> Tensor:
-    root = hessian.diagonal().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-    scaled = hessian / root / root[:, None]
+    """[B, N, S] at one dense start S."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    root = diagonal.clamp_min(torch.finfo(torch.float32).tiny).sqrt()[:, None]
+    scaled = hessian / root / root.transpose(1, 2)
     cut = start * root
     goal = (target * root) @ scaled
     multiplier = torch.zeros_like(cut)
     pulls = max(1, -(-steps // PULL_STEPS))
     growth = (LAST_PULL / FIRST_PULL) ** (1.0 / max(1, pulls - 1))
-    eye = torch.eye(len(root), device=root.device)
-    size = len(cut) if cut.is_cuda else ROWS
+    inverse = None
     for i in range(pulls):
         pull = FIRST_PULL * growth**i
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled + pull * eye))
+        inverse = _inverse(scaled, pull, inverse if growth <= NEWTON_GROWTH else None)
         count = min(PULL_STEPS, steps - i * PULL_STEPS)
-        for part in zip(cut.split(size), goal.split(size), multiplier.split(size), strict=True):
-            _steps(*part, inverse, pull, count)
+        for one, part in _parts(cut):
+            _steps(
+                cut[one, part], goal[one, part], multiplier[one, part], inverse[one], pull, count
+            )
     return cut / root
 
 
+def _parts(values: Tensor):
+    """What is worked on together: everything on a GPU, what caches hold on a CPU."""
+    if values.is_cuda:
+        return [(slice(None), slice(None))]
+    return [
+        (slice(i, i + 1), slice(a, a + ROWS))
+        for i in range(values.shape[0])
+        for a in range(0, values.shape[1], ROWS)
+    ]
+
+
+def _inverse(scaled: Tensor, pull: float, before: Tensor | None) -> Tensor:
+    """(scaled + pull I)^-1; `before` is that of a pull at most NEWTON_GROWTH times smaller.
+
+    On a GPU the inverses before are improved by Newton's steps, which are matrix products only:
+    factorisations of many small matrices take far longer there.
+    """
+    eye = torch.eye(scaled.shape[-1], device=scaled.device)
+    shifted = scaled + pull * eye
+    if before is None or not scaled.is_cuda or len(scaled) == 1:
+        return torch.cholesky_inverse(cholesky(shifted))
+    return newton_inverse(shifted, before)
+
+
+def newton_inverse(matrix: Tensor, guess: Tensor, steps: int = 4) -> Tensor:
+    """Inverse of [B, K, K] by X <- X (2 I - A X) from a guess with |I - A X| < 1."""
+    for _ in range(steps):
+        guess = torch.baddbmm(guess, guess, matrix @ guess, beta=2.0, alpha=-1.0)
+    return guess
+
+
 def _steps(cut: Tensor, goal: Tensor, multiplier: Tensor, inverse: Tensor, pull: float, count: int):
-    """Some steps at one pull; `cut` and `multiplier` [n, K] change in place."""
+    """Some steps at one pull; `cut` and `multiplier` [B, n, K] change in place."""
     for _ in range(count):
         value = torch.add(goal, cut, alpha=pull).sub_(multiplier) @ inverse
         torch.add(value, multiplier, alpha=1.0 / pull, out=cut)

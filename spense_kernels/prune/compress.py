@@ -12,19 +12,17 @@ import torch
 from torch import Tensor
 
 from spense_kernels.prune.admm import search_mask
+from spense_kernels.prune.blocks import stacked
 from spense_kernels.prune.config import PruneConfig
-from spense_kernels.prune.hessian import damped_factor, permuted
+from spense_kernels.prune.hessian import damped_factors, permuted
 from spense_kernels.prune.mask import top2_mask
 from spense_kernels.prune.obs import FP8_MAX, round_to_fp8, sweep
 from spense_kernels.prune.order import (
     Problem,
-    choose_order,
+    choose_orders,
     dense_starts,
     distinct_widths,
     gather_order,
-    inverse_diagonals,
-    problem_scores,
-    rank_columns,
 )
 from spense_kernels.prune.refit import refit
 from spense_kernels.prune.saliency import weight_saliency
@@ -60,11 +58,14 @@ def compress(
     Problems of equal shape (the same group in several layers) share the sweeps, which on a GPU
     costs little more than one of them alone.
     """
-    jobs = [_start(*pair, config) for pair in zip(problems, generators, strict=True)]
+    jobs = [_start(problem, config) for problem in problems]
+    active = [(job, g) for job, g in zip(jobs, generators, strict=True) if not job.done]
+    if active:
+        _order([job for job, _ in active], [g for _, g in active], config)
     if config.method == "obs":
-        _sweep_all([job for job in jobs if not job.done], config)
+        _sweep_all([job for job, _ in active], config)
     else:
-        for job in jobs:
+        for job, _ in active:
             _mask_only(job, config)
     return [_finish(job, config) for job in jobs]
 
@@ -89,16 +90,24 @@ class _Job:
     scale: Tensor | None = None
 
 
-def _start(problem: Problem, generator: torch.Generator, config: PruneConfig) -> _Job:
+def _start(problem: Problem, config: PruneConfig) -> _Job:
+    """The columns in their present order."""
     original = torch.cat([w.float() for w in problem.weights])
-    starts = dense_starts(problem)
-    dense = problem.stacked()
-    k_perm, damping = _identity(problem), config.damping
+    starts, k_perm = dense_starts(problem), _identity(problem)
     done = config.dense_fraction == 1.0 or int(starts.max()) == 0
-    if not done:
-        k_perm, damping = choose_order(problem, dense, starts, config, generator)
     order = gather_order(k_perm, distinct_widths(problem))
-    return _Job(problem, original, dense, starts, damping, k_perm, order, done, original.clone())
+    dense, pruned = problem.stacked(), original.clone()
+    return _Job(problem, original, dense, starts, config.damping, k_perm, order, done, pruned)
+
+
+def _order(jobs: list[_Job], generators: list[torch.Generator], config: PruneConfig) -> None:
+    dense, starts = [job.dense for job in jobs], [job.starts for job in jobs]
+    k_perms, dampings = choose_orders(
+        [job.problem for job in jobs], dense, starts, config, generators
+    )
+    for job, k_perm, damping in zip(jobs, k_perms, dampings, strict=True):
+        job.k_perm, job.damping = k_perm, damping
+        job.order = gather_order(k_perm, distinct_widths(job.problem))
 
 
 def _finish(job: _Job, config: PruneConfig) -> Solution:
@@ -109,8 +118,8 @@ def _finish(job: _Job, config: PruneConfig) -> Solution:
     sizes = [w.shape[0] for w in problem.weights]
     error, energy = torch.empty(len(original)).double(), torch.empty(len(original)).double()
     for rows, hessian in problem.parts:
-        lost, whole = _errors(job.pruned[rows] - original[rows], original[rows], hessian)
-        error[rows], energy[rows] = lost.cpu(), whole.cpu()
+        error[rows] = row_losses(job.pruned[rows] - original[rows], hessian).double().cpu()
+        energy[rows] = row_losses(original[rows], hessian).double().cpu()
     ratios = [
         float(e.sum() / s.sum().clamp_min(1e-30))
         for e, s in zip(error.split(sizes), energy.split(sizes), strict=True)
@@ -124,47 +133,8 @@ def fp8_scale(weight: Tensor) -> Tensor:
     return weight.abs().amax(dim=-1).clamp_min(_AMAX_FLOOR) / FP8_MAX
 
 
-def row_curves(
-    problems: list[Problem],
-    widths: list[int],
-    config: PruneConfig,
-    generators: list[torch.Generator],
-) -> list[Tensor]:
-    """Loss of every row at every dense width: float64 [widths, sum N_i] of each problem.
-
-    The loss is tr(e H e^T) of the swept row, after `config.curve_refit_steps` refit steps when
-    those are asked for. One order (nested shells of all widths) serves all; the last width must be
-    the whole shard, which loses nothing. Problems are of one shape.
-    """
-    dense = torch.stack([problem.stacked() for problem in problems])
-    orders = []
-    for problem, weight, generator in zip(problems, dense, generators, strict=True):
-        diagonals = None
-        if config.score == "obs":
-            diagonals, _ = inverse_diagonals(problem, config.damping)
-        scores = problem_scores(problem, weight, config, diagonals, generator)
-        ranked = rank_columns(scores, widths, problem.k_shards, "snake")
-        orders.append(gather_order(ranked, widths))
-    size = dense.shape[2] // problems[0].k_shards
-    out = torch.zeros(len(problems), len(widths), dense.shape[1], dtype=torch.float64)
-    for pieces in _alike(problems):
-        hessians = torch.stack([permuted(piece.hessian, orders[piece.index]) for piece in pieces])
-        factor = torch.stack([
-            damped_factor(hessian, config.damping, problems[piece.index].name)[1]
-            for hessian, piece in zip(hessians, pieces, strict=True)
-        ])  # fmt: skip
-        target = torch.stack([dense[p.index][p.rows][:, orders[p.index]] for p in pieces])
-        for i, width in enumerate(widths):
-            start = problems[0].k_shards * (size - width)
-            if start:
-                loss = _curve(target, factor, hessians, start, config).double().cpu()
-                for piece, lost in zip(pieces, loss, strict=True):
-                    out[piece.index, i, piece.rows] = lost
-    return list(out)
-
-
 @dataclass
-class _Piece:
+class Piece:
     """Rows of one problem that share a Hessian. index: of the problem in its list."""
 
     index: int
@@ -172,29 +142,13 @@ class _Piece:
     hessian: Tensor
 
 
-def _alike(problems: list[Problem]) -> list[list[_Piece]]:
+def pieces_alike(problems: list[Problem]) -> list[list[Piece]]:
     """Pieces of all problems with the same number of rows together."""
-    found: dict[int, list[_Piece]] = {}
+    found: dict[int, list[Piece]] = {}
     for index, problem in enumerate(problems):
         for rows, hessian in problem.parts:
-            found.setdefault(rows.stop - rows.start, []).append(_Piece(index, rows, hessian))
+            found.setdefault(rows.stop - rows.start, []).append(Piece(index, rows, hessian))
     return list(found.values())
-
-
-def _curve(target, factor, hessians, start: int, config: PruneConfig) -> Tensor:
-    """float32 [B, N] at one width."""
-    swept = sweep(target, factor, start, coupled=config.mask == "pair")
-    if not config.curve_refit_steps:
-        return swept.row_loss
-    fitted = torch.cat([
-        refit(
-            swept.weight[i : i + 1], target[i : i + 1], swept.mask[i : i + 1], hessian[None],
-            config.curve_refit_steps, start,
-        )
-        for i, hessian in enumerate(hessians)
-    ])  # fmt: skip
-    error = fitted - target
-    return (torch.matmul(error, hessians) * error).sum(dim=-1)
 
 
 def _sweep_all(jobs: list[_Job], config: PruneConfig) -> None:
@@ -210,28 +164,21 @@ def _sweep_all(jobs: list[_Job], config: PruneConfig) -> None:
         starts = [torch.full_like(s, k) for s in starts]
     for job in jobs:
         job.scale = torch.zeros(len(job.dense), device=job.dense.device) if config.fp8 else None
-    for pieces in _alike([job.problem for job in jobs]):
+    for pieces in pieces_alike([job.problem for job in jobs]):
         _sweep_pieces(jobs, pieces, orders, starts, first, config)
 
 
 def _sweep_pieces(jobs, pieces, orders, starts, first: int, config: PruneConfig) -> None:
     """Rows of several jobs, alike in number."""
-    hessians = [permuted(piece.hessian, orders[piece.index]) for piece in pieces]
-    factors = []
-    for piece, hessian in zip(pieces, hessians, strict=True):
-        job = jobs[piece.index]
-        _, factor, damping = damped_factor(hessian, config.damping, job.problem.name)
-        job.damping = max(job.damping, damping)
-        factors.append(factor)
-    factor = torch.stack(factors)
+    hessian = stacked([permuted(piece.hessian, orders[piece.index]) for piece in pieces])
+    names = [jobs[piece.index].problem.name for piece in pieces]
+    factor, dampings = damped_factors(hessian, config.damping, names)
+    for piece, damping in zip(pieces, dampings, strict=True):
+        jobs[piece.index].damping = max(jobs[piece.index].damping, damping)
     start = torch.stack([starts[p.index][p.rows] for p in pieces])
     target = torch.stack([jobs[p.index].dense[p.rows][:, orders[p.index]] for p in pieces])
     swept = sweep(target, factor, start, sparse_start=first, coupled=config.mask == "pair")
-    fitted = [
-        _fit(swept.weight[i], target[i], swept.mask[i], hessian, start[i], config)
-        for i, hessian in enumerate(hessians)
-    ]
-    weight, mask = (torch.stack(parts) for parts in zip(*fitted, strict=True))
+    weight, mask = _fit(swept.weight, target, swept.mask, hessian, start, config)
     scale = None
     if config.fp8:
         scale = fp8_scale(weight)
@@ -249,31 +196,24 @@ def _sweep_pieces(jobs, pieces, orders, starts, first: int, config: PruneConfig)
 def _fit(
     weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, start: Tensor, config
 ) -> tuple[Tensor, Tensor]:
-    """Refitted weights [N, K] and their mask: the sweep's, or a searched one that loses less."""
-
-    def fit(weight, mask):
-        return refit(
-            weight[None], target[None], mask[None], hessian[None], config.refit_steps, start
-        )[0]
-
-    fitted = fit(weight, mask)
+    """Refitted weights [B, N, K] and their mask: the sweep's, or a searched one that loses less."""
+    fitted = refit(weight, target, mask, hessian, config.refit_steps, start)
     if not config.admm_steps:
         return fitted, mask
     other, other_mask = search_mask(weight, target, mask, hessian, config.admm_steps, start)
-    other = fit(other, other_mask)
-    better = _loss(other - target, hessian) < _loss(fitted - target, hessian)
+    other = refit(other, target, other_mask, hessian, config.refit_steps, start)
+    better = row_losses(other - target, hessian) < row_losses(fitted - target, hessian)
+    better = better[..., None]
     return torch.where(better, other, fitted), torch.where(better, other_mask, mask)
 
 
-def _loss(error: Tensor, hessian: Tensor) -> Tensor:
-    """float32 [N, 1]."""
-    return ((error @ hessian) * error).sum(dim=-1, keepdim=True)
+def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
+    """float32 [..., N] = diag(E H E^T) for errors [..., N, K]."""
+    return ((error @ hessian) * error).sum(dim=-1)
 
 
 def _mask_only(job: _Job, config: PruneConfig) -> None:
     """Baselines without compensation: the mask by saliency, kept weights untouched."""
-    if job.done:
-        return
     saliency = torch.cat([
         weight_saliency(config.method, job.dense[rows], hessian)
         for rows, hessian in job.problem.parts
@@ -293,11 +233,6 @@ def _restore(weight: Tensor, order: Tensor) -> Tensor:
     out = torch.empty_like(weight)
     out[:, order] = weight
     return out
-
-
-def _errors(error: Tensor, weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    lost = ((error @ hessian) * error).sum(dim=1).double()
-    return lost, ((weight @ hessian) * weight).sum(dim=1).double()
 
 
 def _identity(problem: Problem) -> Tensor:

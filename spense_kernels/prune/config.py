@@ -33,7 +33,7 @@ class PruneConfig:
         dense_fraction: share of the weights that stays dense, 0..1. 1 is plain FP8 quantisation.
         method: "obs" compensates second order; "wanda" and "magnitude" only mask (baselines).
         strategy: "uniform" keeps the same columns dense in every row of a matrix; "staircase"
-            chooses one dense width per 128-row tile from `widths`.
+            chooses one dense width per 128-row tile from `shares`.
         score: what ranks columns: "wanda" = H_jj sum_i W_ij^2, "activation" = H_jj,
             "obs" = sum_i W_ij^2 / [H^-1]_jj, "magnitude" = sum_i W_ij^2, "random".
         permutation: order of the 2:4 columns: "search" = snake, then local search over groups.
@@ -59,7 +59,8 @@ class PruneConfig:
         k_shards: equal K shards, for tensor parallelism, of the projections that `shard_modules`
             names; one whose K is no multiple of 16 * k_shards keeps 1.
         shard_modules: ends of the names of row-parallel projections.
-        widths: shares of a shard that a staircase may keep dense in a tile.
+        widths: shares of a shard that a staircase may keep dense in a tile; empty for those that
+            suit the dense fraction (see `shares`).
         budget: "model" spends the staircase's dense weights over all layers at once, "matrix"
             gives every group of projections the same share.
         sort_rows: staircase only: sort the rows of gate and up alike by sensitivity.
@@ -95,7 +96,7 @@ class PruneConfig:
     fp8_feedback: bool = True
     k_shards: int = 1
     shard_modules: tuple[str, ...] = ("o_proj", "down_proj", "out_proj", "fc2")
-    widths: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)
+    widths: tuple[float, ...] = ()
     budget: str = "model"
     curves: str = "sweep"
     sort_rows: bool = True
@@ -121,8 +122,8 @@ class PruneConfig:
                 f"PruneConfig: dense_fraction must be in 0..1, got {self.dense_fraction}"
             )
         for name, low in (
-            ("search_rounds", 0), ("search_rows", 1), ("refit_steps", 0), ("seed", 0),
-            ("curve_refit_steps", 0),
+            ("search_rounds", 0), ("search_rows", 1), ("refit_steps", 0), ("curve_refit_steps", 0),
+            ("seed", 0),
         ):  # fmt: skip
             self._integer(name, low)
         self._integer("k_shards", 1)
@@ -137,12 +138,10 @@ class PruneConfig:
             raise PruneError(f"PruneConfig: damping must be above 0, got {self.damping}")
         for name in ("widths", "modules", "skip", "shard_modules"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.widths or any(not 0.0 <= w <= 1.0 for w in self.widths):
+        if any(not isinstance(w, (int, float)) or not 0.0 <= w <= 1.0 for w in self.widths):
             raise PruneError(f"PruneConfig: widths must be shares in 0..1, got {self.widths}")
         if self.strategy == "staircase" and self.method != "obs":
             raise PruneError("PruneConfig: strategy 'staircase' needs method 'obs'")
-        if self.strategy == "staircase" and (self.widths[0] != 0.0 or self.widths[-1] != 1.0):
-            object.__setattr__(self, "widths", tuple(sorted({0.0, 1.0, *self.widths})))
 
     def _integer(self, name: str, low: int) -> None:
         value = getattr(self, name)
@@ -162,6 +161,15 @@ class PruneConfig:
         used = self.sinks or self.gradient_share > 0.0 or self.strategy == "staircase"
         return used and self.method == "obs" and self.dense_fraction < 1.0
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares that a tile may keep dense: `widths` with 0 and 1, or a list by the fraction.
+
+        Where half of a model stays dense, most tiles want something between 1/2 and 1.
+        """
+        fitting = (0.25, 0.5, 0.75) if self.dense_fraction >= 0.375 else (0.25, 0.5)
+        return tuple(sorted({0.0, 1.0, *(self.widths or fitting)}))
+
     def replace(self, **changes) -> PruneConfig:
         return dataclasses.replace(self, **changes)
 
@@ -171,3 +179,8 @@ class PruneConfig:
     def fingerprint(self) -> str:
         text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def curves_key(self) -> str:
+        """Equal for settings that differ in nothing but the dense fraction and use one list of
+        shares: their row losses are the same."""
+        return self.replace(dense_fraction=0.0, widths=self.shares).fingerprint()

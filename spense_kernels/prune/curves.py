@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row losses at every dense width after all that a prune does, FP8 aside."""
+"""What every row of a projection would lose at every dense width, before widths are chosen."""
 
 from __future__ import annotations
 
@@ -8,40 +8,107 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from spense_kernels.prune.compress import compress
+from spense_kernels.prune.blocks import stacked
+from spense_kernels.prune.compress import compress, pieces_alike, row_losses
 from spense_kernels.prune.config import PruneConfig
-from spense_kernels.prune.order import Problem
+from spense_kernels.prune.hessian import damped_factors, permuted
+from spense_kernels.prune.obs import sweep
+from spense_kernels.prune.order import (
+    Problem,
+    gather_order,
+    inverse_diagonals,
+    problem_scores,
+    rank_columns,
+)
+from spense_kernels.prune.refit import refit
 from spense_kernels.prune.widths import TILE_ROWS
 
 # The losses only choose widths: less search than the prune itself gets.
 _MOST = {"search_rounds": 15, "search_rows": 512, "admm_steps": 10, "refit_steps": 10}
 
 
-def finished_curves(
+def row_curves(
     problems: list[Problem],
     widths: list[int],
     config: PruneConfig,
     generators: list[torch.Generator],
 ) -> list[Tensor]:
-    """Loss tr(e H e^T) of every row at every width: float64 [widths, sum N_i] of each problem.
+    """Loss tr(e H e^T) of every row at every dense width: float64 [widths, sum N_i] a problem.
 
-    One prune a width, with order search, mask search and refit. In each the tiles take all widths
-    in turn, another one each time, so that the order of the columns is that of a staircase.
-    Arguments as in `row_curves`; the last width must be the whole shard, which loses nothing.
+    `config.curves` says after which steps of a prune. Problems are of one shape; the last width
+    must be the whole shard, which loses nothing.
+    """
+    curves = finished_curves if config.curves == "refit" else swept_curves
+    return curves(problems, widths, config, generators)
+
+
+def swept_curves(problems, widths, config: PruneConfig, generators) -> list[Tensor]:
+    """`row_curves` of the swept rows, columns dealt like a snake in one order for all widths.
+
+    Behind `config.curve_refit_steps` refit steps when those are asked for; the sweep counts the
+    damping into its losses, the refit does not.
+    """
+    dense = stacked([problem.stacked() for problem in problems])
+    orders = _snakes(problems, dense, widths, config, generators)
+    size = dense.shape[2] // problems[0].k_shards
+    out = torch.zeros(len(problems), len(widths), dense.shape[1], dtype=torch.float64)
+    for pieces in pieces_alike(problems):
+        hessian = stacked([permuted(piece.hessian, orders[piece.index]) for piece in pieces])
+        names = [problems[piece.index].name for piece in pieces]
+        factor, _ = damped_factors(hessian, config.damping, names)
+        target = torch.stack([dense[p.index][p.rows][:, orders[p.index]] for p in pieces])
+        for i, width in enumerate(widths):
+            start = problems[0].k_shards * (size - width)
+            if start:
+                loss = _swept_loss(target, factor, hessian, start, config).double().cpu()
+                for piece, lost in zip(pieces, loss, strict=True):
+                    out[piece.index, i, piece.rows] = lost
+    return list(out)
+
+
+def _snakes(problems, dense: Tensor, widths, config: PruneConfig, generators) -> list[Tensor]:
+    """Orders int64 [K] with nested shells of all widths, of weights [B, N, K]."""
+    diagonals: list = [None] * len(problems)
+    if config.score == "obs":
+        diagonals, _ = inverse_diagonals(problems, config.damping)
+    orders = []
+    for job in zip(problems, dense, diagonals, generators, strict=True):
+        problem, weight, diagonal, generator = job
+        scores = problem_scores(problem, weight, config, diagonal, generator)
+        ranked = rank_columns(scores, widths, problem.k_shards, "snake")
+        orders.append(gather_order(ranked, widths))
+    return orders
+
+
+def _swept_loss(target, factor, hessian, start: int, config: PruneConfig) -> Tensor:
+    """float32 [B, N] at one width, of targets [B, N, K], factors and Hessians [B, K, K]."""
+    swept = sweep(target, factor, start, coupled=config.mask == "pair")
+    if not config.curve_refit_steps:
+        return swept.row_loss
+    steps = config.curve_refit_steps
+    fitted = refit(swept.weight, target, swept.mask, hessian, steps, start)
+    return row_losses(fitted - target, hessian)
+
+
+def finished_curves(problems, widths, config: PruneConfig, generators) -> list[Tensor]:
+    """`row_curves` of finished rows: order search, mask search and refit, without FP8.
+
+    One prune a width. In each the tiles take all widths in turn, another one each time, so that
+    the order of the columns is that of a staircase.
     """
     limits = {name: min(most, getattr(config, name)) for name, most in _MOST.items()}
     # Any fraction between 0 and 1: the widths are given.
     config = config.replace(fp8=False, dense_fraction=0.5, dense_order="last", **limits)
-    rows = sum(w.shape[0] for w in problems[0].weights)
-    out = [torch.zeros(len(widths), rows, dtype=torch.float64) for _ in problems]
+    size = sum(w.shape[0] for w in problems[0].weights)
+    out = [torch.zeros(len(widths), size, dtype=torch.float64) for _ in problems]
     for turn in range(len(widths)):
         chosen, places = _turn(problems[0], widths, turn)
         trial = [dataclasses.replace(problem, widths=chosen) for problem in problems]
         for found, problem, solution in zip(
             out, problems, compress(trial, config, generators), strict=True
         ):
-            error = torch.cat(list(solution.weights)) - problem.stacked()
-            lost = torch.cat([((error[r] @ h) * error[r]).sum(dim=1) for r, h in problem.parts])
+            error = torch.cat(solution.weights) - problem.stacked()
+            lost = torch.cat([row_losses(error[rows], h) for rows, h in problem.parts])
             found.scatter_(0, places[None], lost[None].double().cpu())
     for found in out:
         found[-1] = 0.0

@@ -213,7 +213,11 @@ class _Run:
             )
 
     def _curves(self, groups: list[list[Group]]) -> list[dict]:
-        """Row losses of every layer, from the store or made and stored."""
+        """Row losses of every layer, from the statistics, the store, or made and kept in both."""
+        known = {} if self.statistics is None else self.statistics.curves
+        key = self.config.curves_key()
+        if key in known:
+            return known[key]
         curves, walk = [], None
         if self.statistics is None:
             walk = LayerWalk(self.model, self.calibration, self.device, self.batch)
@@ -245,6 +249,7 @@ class _Run:
             curves += [found[index] for index in chunk]
             self.progress.advance(len(chunk))
         self.progress.finish()
+        known[key] = curves
         return curves
 
     def _curvature(self) -> Curvature:

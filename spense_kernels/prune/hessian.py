@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spense_kernels.errors import PruneError
 
+_BATCHED = 1024  # columns of the largest H that are factorised several at a time
 _BLOCK = 512  # columns of a block of H: only blocks on or above the diagonal are multiplied
 
 
@@ -69,6 +70,16 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
     return out
 
 
+def cholesky(matrix: Tensor) -> Tensor:
+    """Lower factors of [..., K, K]; large ones one by one, for batched routines are for small ones.
+
+    Raises torch.linalg.LinAlgError where one is not positive definite.
+    """
+    if matrix.dim() == 3 and len(matrix) > 1 and matrix.shape[-1] > _BATCHED:
+        return torch.stack([torch.linalg.cholesky(one) for one in matrix])
+    return torch.linalg.cholesky(matrix)
+
+
 def inverse_factor(hessian: Tensor) -> Tensor:
     """Upper triangular U with H^-1 = U^T U, for damped H [..., K, K].
 
@@ -77,8 +88,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
     Raises torch.linalg.LinAlgError when H is not positive definite in float32.
     """
-    flipped = hessian.flip(-1, -2)
-    lower = torch.linalg.cholesky(flipped)
+    lower = cholesky(hessian.flip(-1, -2))
     eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
     return inverse.flip(-1, -2)
@@ -102,6 +112,21 @@ def damped_factor(
             pass
         damping *= 10.0
     raise PruneError(f"prune: {where}: H stays singular with damping {damping / 10.0:g}")
+
+
+def damped_factors(hessian: Tensor, damping: float, names: list[str]) -> tuple[Tensor, list[float]]:
+    """Inverse factors float32 [B, K, K] of H [B, K, K], and the damping of each.
+
+    All at once; one by one, as `damped_factor` does it, when one of them needs more damping.
+    """
+    try:
+        factor = inverse_factor(damp(hessian, damping))
+        if bool(torch.isfinite(factor).all()):
+            return factor, [damping] * len(names)
+    except torch.linalg.LinAlgError:
+        pass
+    found = [damped_factor(h, damping, name) for h, name in zip(hessian, names, strict=True)]
+    return torch.stack([factor for _, factor, _ in found]), [used for *_, used in found]
 
 
 def permuted(hessian: Tensor, order: Tensor) -> Tensor:

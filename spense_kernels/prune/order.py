@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spense_kernels.prune.blocks import stacked
 from spense_kernels.prune.config import PruneConfig
-from spense_kernels.prune.hessian import damped_factor, dead_inputs
+from spense_kernels.prune.hessian import damped_factors, dead_inputs
 from spense_kernels.prune.permute import search, snake
 from spense_kernels.prune.saliency import column_scores, inverse_diagonal, weight_saliency
 from spense_kernels.prune.widths import TILE_ROWS
@@ -69,14 +70,20 @@ class Problem:
         return None if self.row_weights is None else torch.cat(self.row_weights)[:, None]
 
 
-def inverse_diagonals(problem: Problem, damping: float) -> tuple[list[Tensor], float]:
-    """diag(H^-1) float32 [K] of every part, and the largest damping that was needed."""
-    out, used = [], damping
-    for _, hessian in problem.parts:
-        _, factor, needed = damped_factor(hessian, damping, problem.name)
-        out.append(inverse_diagonal(factor))
-        used = max(used, needed)
-    return out, used
+def inverse_diagonals(
+    problems: list[Problem], damping: float
+) -> tuple[list[list[Tensor]], list[float]]:
+    """diag(H^-1) float32 [K] of every part of every problem (all of one K), and the largest
+    damping that each problem needed."""
+    parts = [(problem.name, hessian) for problem in problems for _, hessian in problem.parts]
+    names, hessians = zip(*parts, strict=True)
+    factor, used = damped_factors(stacked(list(hessians)), damping, list(names))
+    diagonals, found, largest = iter(inverse_diagonal(factor)), [], []
+    dampings = iter(used)
+    for problem in problems:
+        found.append([next(diagonals) for _ in problem.parts])
+        largest.append(max(next(dampings) for _ in problem.parts))
+    return found, largest
 
 
 def problem_scores(problem: Problem, dense: Tensor, config: PruneConfig, diagonals, generator):
@@ -90,39 +97,62 @@ def problem_scores(problem: Problem, dense: Tensor, config: PruneConfig, diagona
     return total
 
 
-def choose_order(
-    problem: Problem, dense: Tensor, starts: Tensor, config: PruneConfig, generator
-) -> tuple[Tensor, float]:
-    """Order of the columns in every shard: int32 [k_shards, K / k_shards], and the damping used.
+def choose_orders(
+    problems: list[Problem],
+    dense: list[Tensor],
+    starts: list[Tensor],
+    config: PruneConfig,
+    generators: list[torch.Generator],
+) -> tuple[list[Tensor], list[float]]:
+    """Orders of the columns in every shard, int32 [k_shards, K / k_shards], and dampings used.
 
-    Columns are ranked by `config.score`; the shells between the widths in use are taken from that
-    ranking and ordered inside by `config.permutation`.
+    Problems are of one shape; `dense` are their stacked weights, `starts` the first dense column of
+    every row. Columns are ranked by `config.score`; the shells between the widths in use are taken
+    from that ranking and ordered inside by `config.permutation`.
     """
-    damping, diagonals = config.damping, None
-    searching = config.permutation == "search" and config.method == "obs"
-    if config.score == "obs" or searching:
-        diagonals, damping = inverse_diagonals(problem, damping)
-    scores = problem_scores(problem, dense, config, diagonals, generator)
-    widths = distinct_widths(problem)
-    k_perm = rank_columns(scores, widths, problem.k_shards, config.permutation)
-    if config.permutation == "search":
-        order = gather_order(k_perm, widths)
-        saliency = torch.cat([
-            weight_saliency(
-                config.method, dense[rows], hessian, None if diagonals is None else diagonals[i]
-            )
-            for i, (rows, hessian) in enumerate(problem.parts)
-        ])  # fmt: skip
-        if problem.row_weights is not None:
-            saliency = saliency * problem.rows()
-        positions = torch.arange(order.shape[0], device=order.device)
-        saliency = saliency[:, order] * (positions < starts[:, None])
-        # The rows with most to lose decide: they generalise far better than a random sample.
-        rows = saliency.sum(dim=1).topk(min(config.search_rows, saliency.shape[0])).indices
-        saliency = saliency[rows]
-        found = search(saliency, _segments(problem), config.search_rounds, generator)
-        k_perm = _shard_order(order[found], k_perm, widths)
-    return k_perm, damping
+    dampings = [config.damping] * len(problems)
+    diagonals: list = [None] * len(problems)
+    if config.score == "obs" or (config.permutation == "search" and config.method == "obs"):
+        diagonals, dampings = inverse_diagonals(problems, config.damping)
+    k_perms = []
+    for problem, weight, diagonal, generator in zip(
+        problems, dense, diagonals, generators, strict=True
+    ):
+        scores = problem_scores(problem, weight, config, diagonal, generator)
+        widths = distinct_widths(problem)
+        k_perms.append(rank_columns(scores, widths, problem.k_shards, config.permutation))
+    if config.permutation != "search":
+        return k_perms, dampings
+    orders = [gather_order(k, distinct_widths(p)) for k, p in zip(k_perms, problems, strict=True)]
+    saliencies = [
+        _saliency(*job, config)
+        for job in zip(problems, dense, starts, orders, diagonals, strict=True)
+    ]
+    segments = [_segments(problem) for problem in problems]
+    found = search(saliencies, segments, config.search_rounds, generators)
+    return [
+        _shard_order(order[moved], k_perm, distinct_widths(problem))
+        for order, moved, k_perm, problem in zip(orders, found, k_perms, problems, strict=True)
+    ], dampings
+
+
+def _saliency(problem, dense, starts, order, diagonals, config: PruneConfig) -> Tensor:
+    """float32 [search_rows, K] in the given order, zero where a row is dense.
+
+    The rows with most to lose decide: they generalise far better than a random sample.
+    """
+    saliency = torch.cat([
+        weight_saliency(
+            config.method, dense[rows], hessian, None if diagonals is None else diagonals[i]
+        )
+        for i, (rows, hessian) in enumerate(problem.parts)
+    ])  # fmt: skip
+    if problem.row_weights is not None:
+        saliency = saliency * problem.rows()
+    positions = torch.arange(order.shape[0], device=order.device)
+    saliency = saliency[:, order] * (positions < starts[:, None])
+    rows = saliency.sum(dim=1).topk(min(config.search_rows, saliency.shape[0])).indices
+    return saliency[rows]
 
 
 def rank_columns(scores: Tensor, widths: list[int], k_shards: int, permutation: str) -> Tensor:

@@ -41,36 +41,47 @@ def retained(saliency: Tensor) -> Tensor:
 
 
 def search(
-    saliency: Tensor, segments: list[tuple[int, int]], rounds: int, generator: torch.Generator
-) -> Tensor:
-    """Local search for groups that retain more saliency.
+    saliencies: list[Tensor],
+    segments: list[list[tuple[int, int]]],
+    rounds: int,
+    generators: list[torch.Generator],
+) -> list[Tensor]:
+    """Local search for groups that retain more saliency, in several matrices at a time.
 
     Every round pairs the groups of each segment at random, all pairs at once; each pair takes the
     best of the 35 ways to divide its eight columns (its present one when none is better).
 
     Args:
-        saliency: float32 [N, K], columns in their present order, zero where a row is dense.
+        saliencies: float32 [N, K] each, one shape, columns in their present order, zero where a row
+            is dense.
         segments: (first, last) column ranges that groups may not leave; each starts on a group.
         rounds: how many.
-        generator: CPU generator.
+        generators: CPU generators, one a matrix.
 
-    Returns int64 [K]: the new order as indices into the present one.
+    Returns int64 [K] each: the new order as indices into the present one.
     """
-    columns = saliency.T.contiguous()
-    order = torch.arange(columns.shape[0], device=saliency.device)
-    groups, spans = _groups(segments)
-    if not spans:
-        return order
-    groups = groups.to(saliency.device)
-    best_of = torch.tensor([[*a, *b] for a, b in _QUADS], device=saliency.device)
-    for _ in range(rounds):
-        pairs = _random_pairs(spans, generator).to(saliency.device)
-        eight = groups[pairs].flatten(1)
-        best = split_values(columns, eight).argmax(dim=0)
-        eight = eight.gather(1, best_of[best])
-        groups[pairs] = eight.view(-1, 2, 4)
-    order[_groups(segments)[0].flatten().to(order.device)] = groups.flatten()
-    return order
+    columns = torch.cat([saliency.T for saliency in saliencies])
+    device, k = columns.device, saliencies[0].shape[1]
+    order = torch.arange(len(columns), device=device)
+    groups, pairs, count = [], [], 0
+    for i, (of_one, generator) in enumerate(zip(segments, generators, strict=True)):
+        own, spans = _groups(of_one)
+        if spans:
+            drawn = [_random_pairs(spans, generator) for _ in range(rounds)]
+            pairs += [torch.stack(drawn) + count] if rounds else []
+        groups.append(own + i * k)
+        count += len(own)
+    groups = torch.cat(groups).to(device)
+    if pairs:
+        before = groups.flatten().clone()
+        best_of = torch.tensor([[*a, *b] for a, b in _QUADS], device=device)
+        for drawn in torch.cat(pairs, dim=1).to(device):
+            eight = groups[drawn].flatten(1)
+            best = split_values(columns, eight).argmax(dim=0)
+            groups[drawn] = eight.gather(1, best_of[best]).view(-1, 2, 4)
+        order[before] = groups.flatten()
+    offsets = torch.arange(len(saliencies), device=device)[:, None] * k
+    return list(order.view(-1, k) - offsets)
 
 
 def split_values(columns: Tensor, eight: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from spense_kernels.prune.compress import row_curves
 from spense_kernels.prune.config import PruneConfig
-from spense_kernels.prune.curves import finished_curves
+from spense_kernels.prune.curves import row_curves
 from spense_kernels.prune.groups import Group
 from spense_kernels.prune.hessian import shrunk
 from spense_kernels.prune.order import Problem
@@ -133,10 +132,9 @@ def layer_curves(
             same.setdefault(key, []).append((index, group, problem))
     for members in same.values():
         problems = [problem for _, _, problem in members]
-        allowed = width_list(config.widths, problems[0].k // problems[0].k_shards)
+        allowed = width_list(config.shares, problems[0].k // problems[0].k_shards)
         generators = [seeded(config, problem.name) for problem in problems]
-        losses = finished_curves if config.curves == "refit" else row_curves
-        curves = losses(problems, allowed, config, generators)
+        curves = row_curves(problems, allowed, config, generators)
         for (index, group, problem), curve in zip(members, curves, strict=True):
             parts = curve.split([w.shape[0] for w in problem.weights], dim=1)
             found[index].update(zip(group.modules, parts, strict=True))
@@ -170,7 +168,7 @@ def staircase_plans(
         moved = plan.row_order
         for group in groups[index]:
             shards = shards_of(group, config)
-            allowed = width_list(config.widths, group.k // shards)
+            allowed = width_list(config.shares, group.k // shards)
             for name in group.modules:
                 weight = sensitivity[prefixes[index] + name].double()
                 cost = curves[index][name] * weight

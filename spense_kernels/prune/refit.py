@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spense_kernels.prune.blocks import blocks
+from spense_kernels.prune.hessian import cholesky
+
 ROWS = 512  # rows in work at a time on the CPU, so that their five matrices stay in cache
 
 
@@ -35,7 +38,8 @@ def refit(
         mask: bool [B, N, K]; true from dense_start on.
         hessian: float32 [B, K, K] without damping.
         steps: iterations; each costs 2 B N S^2 flop for S sparse columns. 0 changes nothing.
-        dense_start: first column of the dense part: int or integer tensor [N]; None for K.
+        dense_start: first column of the dense part: int or integer tensor [N] or [B, N]; None
+            for K.
         damping: added to diag(H), relative to its mean over live inputs.
 
     Returns float32 [B, N, K].
@@ -45,19 +49,18 @@ def refit(
     full = ridged(hessian, damping)
     k, n = hessian.shape[-1], weight.shape[1]
     starts = torch.as_tensor(k if dense_start is None else dense_start, device=weight.device)
-    starts = starts.expand(n)
+    starts = starts.expand(weight.shape[0], n)
     out = weight.clone()
-    for start in starts.unique().tolist():
-        rows = (starts == start).nonzero().flatten()
-        problem = weight[:, rows], target[:, rows], mask[:, rows]
-        out[:, rows] = _refit_block(*problem, full, steps, start)
+    for block in blocks(starts):
+        problem = block.take(weight), block.take(target), block.take(mask)
+        block.put(out, _refit_block(*problem, block.of(full), steps, block.start))
     return out
 
 
 def _refit_block(weight, target, mask, hessian, steps: int, start: int) -> Tensor:
     """Rows whose first `start` columns are sparse."""
     if start == 0:
-        return target.clone()
+        return target
     sparse, dense = slice(0, start), slice(start, None)
     reduced, back = schur_complement(hessian, start)
     out = torch.empty_like(weight)
@@ -77,7 +80,7 @@ def schur_complement(hessian: Tensor, start: int) -> tuple[Tensor, Tensor | None
     if start == hessian.shape[-1]:
         return hessian, None
     sparse, dense = slice(0, start), slice(start, None)
-    lower = torch.linalg.cholesky(hessian[:, dense, dense])
+    lower = cholesky(hessian[:, dense, dense])
     back = torch.cholesky_solve(hessian[:, dense, sparse], lower)
     reduced = hessian[:, sparse, sparse] - hessian[:, sparse, dense] @ back
     return 0.5 * (reduced + reduced.transpose(1, 2)), back

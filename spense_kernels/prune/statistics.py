@@ -47,12 +47,15 @@ class Statistics:
         token_weighting: setting they were collected with.
         gradients: of one backward pass, or None when it was not asked for.
         calibration: {"sequences", "tokens", "sha256"} of the tokens.
+        curves: row losses that a prune has worked out, for the next one at another dense fraction;
+            by `PruneConfig.curves_key`, not saved.
     """
 
     layers: list[LayerStatistics]
     token_weighting: str
     gradients: Gradients | None = None
     calibration: dict = field(default_factory=dict)
+    curves: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -65,7 +68,7 @@ class Statistics:
             for layer in self.layers
         ]
         gradients = None if self.gradients is None else vars(self.gradients)
-        value = {**vars(self), "layers": layers, "gradients": gradients}
+        value = {**vars(self), "layers": layers, "gradients": gradients, "curves": {}}
         write_atomic(Path(path), lambda file: torch.save(value, file))
 
     @classmethod

@@ -39,7 +39,7 @@ def predicted_losses(
     if statistics is None or statistics.gradients is None:
         return []
     prefix, layers = decoder_layers(model)
-    config = config.replace(strategy="staircase", widths=SHARES, dense_fraction=0.0)
+    config = config.replace(strategy="staircase", widths=SHARES, dense_fraction=0.0, curves="sweep")
     curvature = Curvature(statistics.gradients, calibration.numel(), config)
     # The loss behind the gradients took every stride-th position.
     scale = 0.5 * config.sensitivity_stride
