@@ -92,6 +92,7 @@ CASES = [
     Case(2, 1, torch.float32, True, 1),
     Case(2, 127, torch.float16, False, 127),
     Case(1, 5120, torch.bfloat16, True, 5120),
+    Case(1, 5000, torch.bfloat16, True, 5000, multiprocessors=132),  # CTAs share the gather
     Case(1, 8200, torch.bfloat16, True, 8200),  # clusters of 2 and of 4
     Case(1, 25600, torch.bfloat16, True, 25600),  # of 4
     Case(1, 25600, torch.bfloat16, False, 25600),

@@ -20,7 +20,7 @@ LEAST = 0.0003  # nats on the validation windows; less is a tie
 IDEAS = (
     ("320 windows", {}, 320),
     ("shrinkage .03", {"shrinkage": 0.03}, None),
-    ("losses of finished rows", {"curves": "refit"}, None),
+    ("curve refit 8", {"curve_refit_steps": 8}, None),
     ("640 windows", {}, 640),
     ("gradient share .5", {"gradient_share": 0.5}, None),
     ("widths 0 1/4 1", {"widths": (0.0, 0.25, 1.0)}, None),

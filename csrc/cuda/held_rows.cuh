@@ -294,8 +294,10 @@ void launch_held(const Source& source, const QuantizeArgs& rows, int cluster, St
   int64_t ctas = cluster;  // of a row
   constexpr bool kShares = kRows * kVectors == 1;
   if (kShares && cluster == 1 && rows.gather) {
-    // Random reads of shared memory take their time; multiprocessors without work share them.
-    ctas = std::clamp<int64_t>(multiprocessors / rows.m, 1, slices.width / kLeastOutputs + 1);
+    // Random reads of shared memory take their time, but so does reading a row several times.
+    constexpr int64_t kIdle = 8;  // multiprocessors without work for each CTA
+    ctas = std::clamp<int64_t>(multiprocessors / (kIdle * rows.m), 1,
+                               slices.width / kLeastOutputs + 1);
     slices.outputs = static_cast<int>((steps + ctas - 1) / ctas * kSliceStep);
   }
   LaunchShape shape;
@@ -333,7 +335,8 @@ void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, 
     const bool narrow = columns <= kNarrow * kColumns;
     if constexpr (Source::kMaxRows >= 4) {
       if (rows.m >= 12 * multiprocessors) {
-        return narrow ? launch_held<Source, 4, 1, kNarrow, 2, true>(source, rows, 1, stream)
+        constexpr int kCtas = Source::kSums ? 1 : 2;  // norms want the registers
+        return narrow ? launch_held<Source, 4, 1, kNarrow, kCtas, true>(source, rows, 1, stream)
                       : launch_held<Source, 4, 1, kMost, 1, true>(source, rows, 1, stream);
       }
     }
@@ -345,10 +348,12 @@ void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, 
   static_assert(kMaxFusedColumns <= kMaxCluster * kLongest);
   int cluster = 1;
   const auto width = [&] { return (columns / kSliceStep + cluster - 1) / cluster * kSliceStep; };
-  while (cluster < kMaxCluster &&
-         (width() > kLongest || (width() > least && 2 * cluster * rows.m <= multiprocessors))) {
-    cluster *= 2;
-  }
+  const auto pays = [&] {
+    // Large clusters want room beside them.
+    const int64_t room = 2 * cluster == kMaxCluster ? multiprocessors / 2 : multiprocessors;
+    return width() > least && 2 * cluster * rows.m <= room;
+  };
+  while (cluster < kMaxCluster && (width() > kLongest || pays())) cluster *= 2;
   const auto go = [&]<int kVectors, int kThreads, int kCtas>() {
     regular
         ? launch_held<Source, 1, kVectors, kThreads, kCtas, true>(source, rows, cluster, stream)

@@ -6,6 +6,7 @@
 #include <cuda_fp8.h>
 
 #include "cuda/rows.cuh"
+#include "device/ptx.cuh"
 
 namespace spense::cuda {
 namespace {
@@ -24,8 +25,10 @@ struct Places {
 #pragma unroll
     for (int i = 0; i < kColumns; i += 2) pairs[i / 2] = wide.at[i] | wide.at[i + 1] << 16;
   }
-  __device__ WidePlaces get() const {
+  __device__ WidePlaces get() {
     WidePlaces wide;
+#pragma unroll
+    for (uint32_t& pair : pairs) ptx::pin(pair);  // unpack here, do not keep the result
 #pragma unroll
     for (int i = 0; i < kColumns; i += 2) {
       wide.at[i] = pairs[i / 2] & 0xFFFF, wide.at[i + 1] = pairs[i / 2] >> 16;

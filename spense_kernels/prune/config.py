@@ -33,7 +33,7 @@ class PruneConfig:
         dense_fraction: share of the weights that stays dense, 0..1. 1 is plain FP8 quantisation.
         method: "obs" compensates second order; "wanda" and "magnitude" only mask (baselines).
         strategy: "uniform" keeps the same columns dense in every row of a matrix; "staircase"
-            chooses one dense width per 128-row tile from `widths`.
+            chooses one dense width per 128-row tile from `shares`.
         score: what ranks columns: "wanda" = H_jj sum_i W_ij^2, "activation" = H_jj,
             "obs" = sum_i W_ij^2 / [H^-1]_jj, "magnitude" = sum_i W_ij^2, "random".
         permutation: order of the 2:4 columns: "search" = snake, then local search over groups.
@@ -45,7 +45,9 @@ class PruneConfig:
             doubles the time of a prune on a CPU.
         refit_steps: conjugate-gradient steps on the kept weights after the sweep; 0 for none.
         curves: staircase only: what a tile loses at a width, "sweep" = after the sweep, "refit" =
-            after order search, mask search and refit (about a prune for every width but the last).
+            after order search, mask search and refit (about one more prune a width).
+        curve_refit_steps: staircase with curves "sweep": refit steps before a tile's loss at a
+            width is taken.
         damping: added to diag(H), relative to its mean.
         dense_order: "last" lets the error of the 2:4 part flow into the dense columns.
         token_weighting: "norm" weights tokens by 1 / mean(y^2) where y goes straight into an
@@ -85,6 +87,7 @@ class PruneConfig:
     search_rows: int = 512
     mask: str = "pair"
     refit_steps: int = 12
+    curve_refit_steps: int = 0
     damping: float = 0.01
     dense_order: str = "last"
     token_weighting: str = "norm"
@@ -119,7 +122,8 @@ class PruneConfig:
                 f"PruneConfig: dense_fraction must be in 0..1, got {self.dense_fraction}"
             )
         for name, low in (
-            ("search_rounds", 0), ("search_rows", 1), ("refit_steps", 0), ("seed", 0),
+            ("search_rounds", 0), ("search_rows", 1), ("refit_steps", 0), ("curve_refit_steps", 0),
+            ("seed", 0),
         ):  # fmt: skip
             self._integer(name, low)
         self._integer("k_shards", 1)

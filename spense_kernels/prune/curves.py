@@ -20,10 +20,11 @@ from spense_kernels.prune.order import (
     problem_scores,
     rank_columns,
 )
+from spense_kernels.prune.refit import refit
 from spense_kernels.prune.widths import TILE_ROWS
 
-# What the losses of finished rows are worked out with, at most: they only rank widths.
-_CHEAPER = {"search_rounds": 15, "search_rows": 512, "admm_steps": 10, "refit_steps": 10}
+# The losses only choose widths: less search than the prune itself gets.
+_MOST = {"search_rounds": 15, "search_rows": 512, "admm_steps": 10, "refit_steps": 10}
 
 
 def row_curves(
@@ -34,55 +35,21 @@ def row_curves(
 ) -> list[Tensor]:
     """Loss tr(e H e^T) of every row at every dense width: float64 [widths, sum N_i] a problem.
 
-    One order (nested shells of all widths) serves all; the last width must be the whole shard,
-    which loses nothing. Problems are of one shape. `config.curves` says which rows are meant.
+    `config.curves` says after which steps of a prune. Problems are of one shape; the last width
+    must be the whole shard, which loses nothing.
     """
-    if config.curves == "sweep":
-        return _swept_rows(problems, widths, config, generators)
-    return _finished_rows(problems, widths, config, generators)
+    curves = finished_curves if config.curves == "refit" else swept_curves
+    return curves(problems, widths, config, generators)
 
 
-def _finished_rows(problems, widths, config: PruneConfig, generators) -> list[Tensor]:
-    """Rows behind the order search, the mask search and the refit, before FP8.
+def swept_curves(problems, widths, config: PruneConfig, generators) -> list[Tensor]:
+    """`row_curves` of the swept rows, columns dealt like a snake in one order for all widths.
 
-    A row goes through the pruner once at every width but the last. Tiles differ in width each time,
-    as they will in the end, because the search for an order sees all rows of a group.
+    Behind `config.curve_refit_steps` refit steps when those are asked for; the sweep counts the
+    damping into its losses, the refit does not.
     """
-    changes = {name: min(most, getattr(config, name)) for name, most in _CHEAPER.items()}
-    config = config.replace(**changes, fp8=False)
-    rows = sum(w.shape[0] for w in problems[0].weights)
-    out = [torch.zeros(len(widths), rows, dtype=torch.float64) for _ in problems]
-    turns = len(widths) - 1
-    tiles = [-(-w.shape[0] // TILE_ROWS) for w in problems[0].weights]
-    sizes = [w.shape[0] for w in problems[0].weights]
-    for turn in range(turns):
-        picks = ((torch.arange(sum(tiles)) + turn) % turns).split(tiles)
-        chosen = [torch.tensor(widths)[pick] for pick in picks]
-        index = torch.cat([
-            pick.repeat_interleave(TILE_ROWS)[:size]
-            for pick, size in zip(picks, sizes, strict=True)
-        ])  # fmt: skip
-        trial = [dataclasses.replace(problem, widths=chosen) for problem in problems]
-        solutions = compress(trial, config, generators)
-        for losses, problem, solution in zip(out, problems, solutions, strict=True):
-            error = torch.cat(solution.weights) - problem.stacked()
-            found = torch.cat([row_losses(error[part], h) for part, h in problem.parts])
-            losses.scatter_(0, index[None], found.double().cpu()[None])
-    return out
-
-
-def _swept_rows(problems, widths, config: PruneConfig, generators) -> list[Tensor]:
-    """Rows behind the sweep alone, columns dealt like a snake; H damped."""
     dense = stacked([problem.stacked() for problem in problems])
-    diagonals: list = [None] * len(problems)
-    if config.score == "obs":
-        diagonals, _ = inverse_diagonals(problems, config.damping)
-    orders = []
-    for job in zip(problems, dense, diagonals, generators, strict=True):
-        problem, weight, diagonal, generator = job
-        scores = problem_scores(problem, weight, config, diagonal, generator)
-        ranked = rank_columns(scores, widths, problem.k_shards, "snake")
-        orders.append(gather_order(ranked, widths))
+    orders = _snakes(problems, dense, widths, config, generators)
     size = dense.shape[2] // problems[0].k_shards
     out = torch.zeros(len(problems), len(widths), dense.shape[1], dtype=torch.float64)
     for pieces in pieces_alike(problems):
@@ -93,7 +60,68 @@ def _swept_rows(problems, widths, config: PruneConfig, generators) -> list[Tenso
         for i, width in enumerate(widths):
             start = problems[0].k_shards * (size - width)
             if start:
-                swept = sweep(target, factor, start, coupled=config.mask == "pair")
-                for piece, lost in zip(pieces, swept.row_loss.double().cpu(), strict=True):
+                loss = _swept_loss(target, factor, hessian, start, config).double().cpu()
+                for piece, lost in zip(pieces, loss, strict=True):
                     out[piece.index, i, piece.rows] = lost
     return list(out)
+
+
+def _snakes(problems, dense: Tensor, widths, config: PruneConfig, generators) -> list[Tensor]:
+    """Orders int64 [K] with nested shells of all widths, of weights [B, N, K]."""
+    diagonals: list = [None] * len(problems)
+    if config.score == "obs":
+        diagonals, _ = inverse_diagonals(problems, config.damping)
+    orders = []
+    for job in zip(problems, dense, diagonals, generators, strict=True):
+        problem, weight, diagonal, generator = job
+        scores = problem_scores(problem, weight, config, diagonal, generator)
+        ranked = rank_columns(scores, widths, problem.k_shards, "snake")
+        orders.append(gather_order(ranked, widths))
+    return orders
+
+
+def _swept_loss(target, factor, hessian, start: int, config: PruneConfig) -> Tensor:
+    """float32 [B, N] at one width, of targets [B, N, K], factors and Hessians [B, K, K]."""
+    swept = sweep(target, factor, start, coupled=config.mask == "pair")
+    if not config.curve_refit_steps:
+        return swept.row_loss
+    steps = config.curve_refit_steps
+    fitted = refit(swept.weight, target, swept.mask, hessian, steps, start)
+    return row_losses(fitted - target, hessian)
+
+
+def finished_curves(problems, widths, config: PruneConfig, generators) -> list[Tensor]:
+    """`row_curves` of finished rows: order search, mask search and refit, without FP8.
+
+    One prune a width. In each the tiles take all widths in turn, another one each time, so that
+    the order of the columns is that of a staircase.
+    """
+    limits = {name: min(most, getattr(config, name)) for name, most in _MOST.items()}
+    # Any fraction between 0 and 1: the widths are given.
+    config = config.replace(fp8=False, dense_fraction=0.5, dense_order="last", **limits)
+    size = sum(w.shape[0] for w in problems[0].weights)
+    out = [torch.zeros(len(widths), size, dtype=torch.float64) for _ in problems]
+    for turn in range(len(widths)):
+        chosen, places = _turn(problems[0], widths, turn)
+        trial = [dataclasses.replace(problem, widths=chosen) for problem in problems]
+        for found, problem, solution in zip(
+            out, problems, compress(trial, config, generators), strict=True
+        ):
+            error = torch.cat(solution.weights) - problem.stacked()
+            lost = torch.cat([row_losses(error[rows], h) for rows, h in problem.parts])
+            found.scatter_(0, places[None], lost[None].double().cpu())
+    for found in out:
+        found[-1] = 0.0
+    return out
+
+
+def _turn(problem: Problem, widths: list[int], turn: int) -> tuple[list[Tensor], Tensor]:
+    """Widths of every tile in this turn, and int64 [sum N_i]: which of `widths` each row has."""
+    chosen, places, tile = [], [], turn
+    for weight in problem.weights:
+        tiles = -(-weight.shape[0] // TILE_ROWS)
+        pick = (torch.arange(tiles) + tile) % len(widths)
+        tile += tiles
+        chosen.append(torch.tensor(widths)[pick])
+        places.append(pick.repeat_interleave(TILE_ROWS)[: weight.shape[0]])
+    return chosen, torch.cat(places)

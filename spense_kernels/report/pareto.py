@@ -175,7 +175,8 @@ def layers_at_once(statistics: Statistics | None, device) -> int:
         return 1
     layers = len(statistics.layers)
     free, _ = torch.cuda.mem_get_info(device)
-    # A layer's Hessians are copied about a dozen times, and its weights are small beside them.
+    # A group takes up to 13 times its Hessians (down) or 15 times its weights (gate and up); those
+    # weigh less than the Hessians of a layer.
     return max(1, min(layers, int(free / 16 / max(1, statistics.bytes / layers))))
 
 
