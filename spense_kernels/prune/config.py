@@ -66,7 +66,9 @@ class PruneConfig:
         sort_rows: staircase only: sort the rows of gate and up alike by sensitivity.
         sinks: weigh the first token of every sequence by how much the loss reacts to it (attention
             uses it as a sink); takes a backward pass over `sensitivity_sequences`.
-        gradient_share: share of H whose tokens are weighted by their gradients; needs statistics.
+        gradient_share: share of H whose tokens are weighted by their gradients, of the sequences
+            of the backward pass (as many as the calibration has, if it is 1); needs statistics.
+        gradient_power: a token's weight there is (mean over outputs of g^2) to this power.
         shrinkage: share by which H's off-diagonal entries shrink.
         sensitivity_sequences: calibration sequences for the backward pass.
         sensitivity_stride: the loss for it takes every so many positions.
@@ -106,6 +108,7 @@ class PruneConfig:
     sensitivity_labels: str = "model"
     sinks: bool = True
     gradient_share: float = 0.0
+    gradient_power: float = 0.5
     shrinkage: float = 0.0
     admm_steps: int = 30
     modules: tuple[str, ...] = ()
@@ -134,8 +137,9 @@ class PruneConfig:
         for name in ("gradient_share", "shrinkage"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise PruneError(f"PruneConfig: {name} must be in 0..1, got {getattr(self, name)}")
-        if not self.damping > 0:
-            raise PruneError(f"PruneConfig: damping must be above 0, got {self.damping}")
+        for name in ("damping", "gradient_power"):
+            if not getattr(self, name) > 0:
+                raise PruneError(f"PruneConfig: {name} must be above 0, got {getattr(self, name)}")
         for name in ("widths", "modules", "skip", "shard_modules"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if any(not isinstance(w, (int, float)) or not 0.0 <= w <= 1.0 for w in self.widths):

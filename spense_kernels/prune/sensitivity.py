@@ -37,8 +37,10 @@ class Gradients:
         sinks: float32 [S, K], first inputs x of every sequence times the root of their weight:
             sinks.T @ sinks adds them to an H whose other tokens weigh 1 on average.
         norm_mean: mean of the norm weights 1 / mean(y^2) over tokens; 1 where no norm follows.
-        hessians: float32 [K, K] = sum_t a_t x_t x_t^T / tokens, a_t the gradient weights (mean 1);
-            empty unless asked for.
+        hessians: float32 [K, K] = sum_t a_t x_t x_t^T / tokens, a_t the gradient weights (mean 1):
+            the token's mean squared gradient to a power, cut at CLIP times the median, 0 for first
+            tokens; empty unless asked for.
+        energy: those weights, float32 [S, L]; empty like hessians.
         tokens: how many positions were seen.
     """
 
@@ -46,6 +48,7 @@ class Gradients:
     sinks: dict[str, Tensor] = field(default_factory=dict)
     norm_mean: dict[str, float] = field(default_factory=dict)
     hessians: dict[str, Tensor] = field(default_factory=dict)
+    energy: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
 
 
@@ -58,6 +61,7 @@ def collect_gradients(
     stride: int = 1,
     batch: int = 1,
     hessians: bool = False,
+    power: float = 1.0,
     labels: str = "model",
     seed: int = 0,
     advance=None,
@@ -70,6 +74,7 @@ def collect_gradients(
         stride: the loss takes every stride-th position (the head is a large share of the cost).
         batch: sequences a pass.
         hessians: also accumulate gradient-weighted Hessians.
+        power: of a token's mean squared gradient in its weight there.
         labels: next tokens of the loss: "model" draws them from the model's own predictions (the
             Fisher matrix proper), "text" takes the text's.
         seed: of the drawing.
@@ -91,7 +96,7 @@ def collect_gradients(
     found = Gradients(tokens=calibration.numel())
     for index in reversed(range(len(walk.layers))):
         with walk.on_device(index) as layer:
-            taps = _Taps(layer, groups[index], hessians)
+            taps = _Taps(layer, groups[index], power if hessians else None)
             for i, hidden in enumerate(inputs[index]):
                 grads[i] = _layer_gradient(walk, index, hidden, grads[i])
             taps.finish(found, walk.name(index))
@@ -107,19 +112,21 @@ class _Sums:
     def __init__(self):
         self.squares = self.mass = self.norm = self.hessian = 0.0
         self.tokens = self.later = 0
+        self.weight = 0.0  # of all tokens in `hessian`
         self.sinks: list[Tensor] = []
+        self.energy: list[Tensor] = []
 
 
 class _Taps:
     """Sums over the gradients at the outputs of the projections of one layer."""
 
-    def __init__(self, layer: nn.Module, groups: list[Group], hessians: bool):
+    def __init__(self, layer: nn.Module, groups: list[Group], power: float | None):
         self._sums: dict[str, _Sums] = {}
         self._handles = []
         for group in groups:
             for name in group.modules:
                 self._sums[name] = _Sums()
-                hook = self._hook(self._sums[name], group.norm_follows, hessians)
+                hook = self._hook(self._sums[name], group.norm_follows, power)
                 self._handles.append(layer.get_submodule(name).register_forward_hook(hook))
 
     def finish(self, found: Gradients, prefix: str) -> None:
@@ -136,10 +143,12 @@ class _Taps:
             found.sinks[full] = (sinks * (mean > 0)).cpu()
             found.norm_mean[full] = float(sums.norm) / sums.tokens
             if isinstance(sums.hessian, Tensor):
-                scale = (mean * sums.later).clamp_min(tiny)
-                found.hessians[full] = symmetrize(sums.hessian).div_(scale).cpu()
+                weight = sums.weight.clamp_min(tiny)
+                found.hessians[full] = symmetrize(sums.hessian).div_(weight).cpu()
+                energy = torch.cat(sums.energy) * (sums.later / weight)
+                found.energy[full] = nn.functional.pad(energy, (1, 0)).cpu()
 
-    def _hook(self, sums: _Sums, norm_follows: bool, hessians: bool):
+    def _hook(self, sums: _Sums, norm_follows: bool, power: float | None):
         def forward_hook(module, args, output):
             x, y = args[0].detach(), output.detach()
             length = x.shape[-2]
@@ -150,25 +159,34 @@ class _Taps:
                 weight = g.mean(dim=-1)
                 sums.sinks.append(flat[:, 0].float() * weight[:, :1].sqrt())
                 later = weight[:, 1:]
-                felt = later[later > 0]  # with a stride, the last layer's others feel nothing
-                limit = CLIP * felt.median() if felt.numel() else 0.0
-                share = torch.where(later > limit, limit / later.clamp_min(1e-45), 1.0)
+                share = _kept_share(later)
                 sums.squares = sums.squares + (g[:, 1:] * share[..., None]).sum(dim=(0, 1))
                 sums.mass = sums.mass + (later * share).sum()
                 sums.tokens += weight.numel()
                 sums.later += later.numel()
                 norm = token_weights(y).sum() if norm_follows else float(weight.numel())
                 sums.norm = sums.norm + norm
-                if hessians:
+                if power is not None:
                     rows = flat[:, 1:].reshape(-1, x.shape[-1])
                     if not isinstance(sums.hessian, Tensor):
                         k = rows.shape[1]
                         sums.hessian = torch.zeros(k, k, device=rows.device)
-                    accumulate(sums.hessian, rows, (later * share).reshape(-1))
+                    energy = later.pow(power)
+                    energy = energy * _kept_share(energy)
+                    accumulate(sums.hessian, rows, energy.reshape(-1))
+                    sums.weight = sums.weight + energy.sum()
+                    sums.energy.append(energy)
 
             output.register_hook(take)
 
         return forward_hook
+
+
+def _kept_share(weight: Tensor) -> Tensor:
+    """What is left of each weight when none may be above CLIP times the median."""
+    felt = weight[weight > 0]  # with a stride, the last layer's others feel nothing
+    limit = CLIP * felt.median() if felt.numel() else 0.0
+    return torch.where(weight > limit, limit / weight.clamp_min(1e-45), 1.0)
 
 
 def _layer_gradient(walk: LayerWalk, index: int, hidden: Tensor, grad: Tensor) -> Tensor:

@@ -153,6 +153,7 @@ def add_gradients(
         stride=config.sensitivity_stride,
         batch=config.sensitivity_batch,
         hessians=config.gradient_share > 0.0,
+        power=config.gradient_power,
         labels=config.sensitivity_labels,
         seed=config.seed,
         advance=progress.advance,
