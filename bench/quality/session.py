@@ -34,8 +34,8 @@ SETTINGS = {
     "search_rows": 1024,
     "refit_steps": 20,
 }
-# What a GPU can afford beside that: F from every position of more sequences.
-SENSITIVITY = {"sensitivity_sequences": 128, "sensitivity_stride": 1, "sensitivity_batch": 8}
+# What a GPU can afford beside that: a backward pass over every position of all sequences.
+SENSITIVITY = {"sensitivity_sequences": 1024, "sensitivity_stride": 1, "sensitivity_batch": 8}
 
 
 @dataclass

@@ -133,11 +133,6 @@ __device__ __forceinline__ void cluster_wait() {
 
 // --- bulk copies -------------------------------------------------------------------------------
 
-// L2 policies as the copy instructions take them.
-inline constexpr uint64_t kEvictFirst = 0x12F0000000000000;
-inline constexpr uint64_t kEvictNormal = 0x1000000000000000;
-inline constexpr uint64_t kEvictLast = 0x14F0000000000000;
-
 __device__ __forceinline__ void bulk_copy(uint32_t smem, const void* global, uint32_t bytes,
                                           uint32_t barrier, uint64_t policy) {
   asm volatile(

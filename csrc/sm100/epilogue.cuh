@@ -115,7 +115,7 @@ class Epilogue {
   __device__ bool collect(const Job& job) const {
     const uint32_t others = static_cast<uint32_t>(job.last - job.first);
     uint32_t* counter = p_.counters +
-                        (job.first * T::kClusterCtas + rank_) * heuristics::sm100::kEpilogueWarps +
+                        (job.first * T::kClusterSize + rank_) * heuristics::sm100::kEpilogueWarps +
                         warp_;
     uint32_t arrived = lane() == 0 ? ptx::load_relaxed(counter) : 0;
     if (__shfl_sync(~0u, arrived, 0) == others) {
@@ -138,7 +138,7 @@ class Epilogue {
 
   // This thread's row of the part that a cluster has written, token by token kTileRows apart.
   __device__ float* place(int cluster, bool holds_step_zero) const {
-    const int slot = heuristics::partial_slot(cluster, holds_step_zero) * T::kClusterCtas + rank_;
+    const int slot = heuristics::partial_slot(cluster, holds_step_zero) * T::kClusterSize + rank_;
     return p_.partials + static_cast<int64_t>(slot) * (T::kTokens * kTileRows) + 32 * warp_ +
            lane();
   }

@@ -16,7 +16,7 @@
 //   warp 6      MMA, in the leader of a pair alone; it also allocates the tensor memory
 #pragma once
 
-#include "device/launch.h"
+#include "device/persistent.h"
 #include "device/tile_table.cuh"
 #include "sm100/epilogue.cuh"
 #include "sm100/loaders.cuh"
@@ -49,7 +49,7 @@ __device__ void init_barriers(uint32_t smem) {
 
 template <class T>
 __device__ __forceinline__ void sync_cluster() {
-  if constexpr (T::kClusterCtas > 1) {
+  if constexpr (T::kClusterSize > 1) {
     ptx::cluster_arrive();
     ptx::cluster_wait();
   } else {
@@ -61,11 +61,11 @@ template <class T>
 __device__ __forceinline__ void load_weights(const Params& p, uint32_t smem, JobRing<T>& jobs,
                                              int cluster, int rank) {
   const device::DeviceTable table{p.tiles, p.schedule.row_tiles, p.schedule.stream_blocks,
-                                  T::kClusterCtas};
-  heuristics::Schedule<device::DeviceTable, T::kClusterCtas> schedule(p.schedule, table, cluster);
+                                  T::kClusterSize};
+  heuristics::Schedule<device::DeviceTable, T::kClusterSize> schedule(p.schedule, table, cluster);
   heuristics::Segment segment;
   WeightLoader<T> loader(p, smem, rank);
-  while (schedule.next(segment)) loader.load(segment.group * T::kClusterCtas, segment, jobs);
+  while (schedule.next(segment)) loader.load(segment.group * T::kClusterSize, segment, jobs);
   jobs.put(Job{-1, 0, 0, 0, 0, 0, {}, {}});
   loader.finish();
 }
@@ -77,7 +77,8 @@ __device__ __forceinline__ void load_activations(const Params& p, uint32_t smem,
   ptx::grid_dependency_wait();
   ActivationLoader<T> loader(p, smem, rank);
   while (true) {
-    const Job job = jobs.get();
+    jobs.wait();
+    const Job job = jobs.read();
     jobs.done(true);
     if (job.row_tile < 0) break;
     loader.load(job);
@@ -91,7 +92,8 @@ __device__ __forceinline__ void multiply(const Params& p, uint32_t smem, uint32_
                                          JobRing<T>& jobs, int rank) {
   Multiplier<T> multiplier(smem, tmem, rank);
   while (true) {
-    const Job job = jobs.get();
+    jobs.wait();
+    const Job job = jobs.read();
     jobs.done(true);
     if (job.row_tile < 0) break;
     if (rank % T::kCtas == 0) multiplier.run(job, p.schedule.k_blocks);
@@ -104,7 +106,8 @@ __device__ __forceinline__ void finish_tiles(const Params& p, uint32_t smem, uin
   ptx::grid_dependency_wait();  // before anything is read that the kernel ahead wrote
   Epilogue<T> epilogue(p, smem, tmem, cluster, rank, warp);
   while (true) {
-    const Job job = jobs.get();
+    jobs.wait();
+    const Job job = jobs.read();
     __syncwarp();
     jobs.done(ptx::lane_id() == 0);
     if (job.row_tile < 0) break;
@@ -122,7 +125,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kResidency)
                         : warp == 4 ? WarpRole::kWeights
                         : warp == 5 ? WarpRole::kActivations
                                     : WarpRole::kMma;
-  const int cluster = blockIdx.x / T::kClusterCtas, rank = blockIdx.x % T::kClusterCtas;
+  const int cluster = blockIdx.x / T::kClusterSize, rank = blockIdx.x % T::kClusterSize;
   const bool first_lane = ptx::lane_id() == 0;
 
   ptx::grid_launch_dependents();
@@ -171,26 +174,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kResidency)
   ptx::tmem_fence_after();
   if (role == WarpRole::kMma) ptx::tmem_free<T::kCtas>(tmem, T::kTmemColumns);
 #endif  // elsewhere it is empty, and plan_gemm has no plan
-}
-
-template <class T>
-void launch_instance(const Params& params, cuda::Stream stream) {
-  auto* kernel = &hybrid_gemm<T>;
-  cuda::allow_smem(kernel, T::kSmemBytes);
-  cuda::LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(params.schedule.clusters * T::kClusterCtas));
-  shape.block = dim3(T::kThreads);
-  shape.smem_bytes = T::kSmemBytes;
-  shape.cluster = T::kClusterCtas;
-  shape.dependent = true;
-  cuda::launch(kernel, shape, stream, params);
-}
-
-template <class T>
-int max_clusters_instance() {
-  auto* kernel = &hybrid_gemm<T>;
-  cuda::allow_smem(kernel, T::kSmemBytes);
-  return cuda::max_clusters(kernel, dim3(T::kThreads), T::kSmemBytes, T::kClusterCtas);
 }
 
 }  // namespace spense::sm100

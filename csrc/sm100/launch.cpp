@@ -4,10 +4,11 @@
 
 #include <map>
 #include <mutex>
-#include <stdexcept>
 #include <string_view>
 #include <utility>
 
+#include "device/cache_policy.h"
+#include "device/instance.h"
 #include "sm100/params.h"
 
 namespace spense::sm100 {
@@ -20,26 +21,11 @@ namespace spense::sm100 {
 
 namespace {
 
-struct Instance {
-  std::string_view name;
-  void (*launch)(const Params& params, cuda::Stream stream);
-  int (*max_clusters)();
-};
-constexpr Instance kInstances[] = {
+constexpr cuda::Instance<Params> kInstances[] = {
 #define INSTANCE(name, ...) {#name, &launch_##name, &max_clusters_##name},
 #include "heuristics/sm100_instances.def"
 #undef INSTANCE
 };
-
-// L2 policies as bulk copies take them: weights that are read once need not stay.
-constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000;
-
-const Instance& instance_of(const heuristics::sm100::Config& config) {
-  for (const Instance& instance : kInstances) {
-    if (instance.name == config.name) return instance;
-  }
-  throw std::logic_error("spense: no kernel for config " + std::string(config.name));
-}
 
 }  // namespace
 
@@ -48,7 +34,10 @@ int cluster_slots(const heuristics::sm100::Config& config, int device) {
   static std::map<std::pair<std::string_view, int>, int> known;
   const std::lock_guard lock(guard);
   const auto [at, fresh] = known.try_emplace({config.name, device}, 0);
-  if (fresh) at->second = instance_of(config).max_clusters() / config.residency;
+  if (fresh) {
+    const auto& instance = cuda::find_instance(kInstances, config.name);
+    at->second = instance.max_clusters() / config.residency;
+  }
   return at->second;
 }
 
@@ -77,13 +66,13 @@ void launch(const heuristics::sm100::Config& config, const heuristics::ScheduleP
   p.y = args.y;
   p.partials = static_cast<float*>(partials);
   p.counters = counters;
-  p.w_policy = schedule.token_tiles == 1 ? kEvictFirst : kEvictNormal;
+  p.w_policy = device::weight_policy(schedule.token_tiles);
   p.x_scale_step = static_cast<int32_t>(args.x_scale_step);
   p.m = static_cast<int32_t>(args.m);
   p.n = static_cast<int32_t>(args.n);
   p.out = args.out;
   p.schedule = schedule;
-  instance_of(config).launch(p, stream);
+  cuda::find_instance(kInstances, config.name).launch(p, stream);
 }
 
 }  // namespace spense::sm100

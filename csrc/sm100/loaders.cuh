@@ -18,76 +18,18 @@
 // which a fresh barrier reports as complete.
 #pragma once
 
+#include "device/cache_policy.h"
+#include "device/job_ring.cuh"
 #include "device/ptx.cuh"
 #include "device/tcgen05.cuh"
 #include "sm100/traits.cuh"
 
 namespace spense::sm100 {
 
-// A place in a ring and the parity of the pass over it.
-template <int kStages>
-struct Cursor {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++slot == kStages) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
-
+using device::Cursor;
 // Hands segments from the weight warp to the other warps of the CTA.
 template <class T>
-class JobRing {
- public:
-  __device__ explicit JobRing(uint32_t smem) : smem_(smem) {}
-
-  // The weight warp.
-  __device__ void put(const Job& job) {
-    ptx::barrier_wait(smem_ + T::kJobEmpty + 8 * at_.slot, at_.parity ^ 1);
-    __syncwarp();  // a lane that lags here could miss two phases
-    if (ptx::lane_id() == 0) {
-      const uint32_t to = place();
-      ptx::store_shared_v4(to, make_uint4(job.row_tile, job.token_tile, job.step_begin,  //
-                                          job.step_end));
-      ptx::store_shared_v4(to + 16, make_uint4(job.sparse[0], job.sparse[1], job.sparse[2],  //
-                                               job.sparse[3]));
-      ptx::store_shared_v4(to + 32, make_uint4(job.first, job.last, 0, 0));
-      ptx::barrier_arrive(smem_ + T::kJobFull + 8 * at_.slot);
-    }
-    at_.advance();
-  }
-
-  // Everybody else: get, then one thread of each warp says when it is read.
-  __device__ Job get() const {
-    ptx::barrier_wait(smem_ + T::kJobFull + 8 * at_.slot, at_.parity);
-    const uint4 a = ptx::load_shared_v4(place()), b = ptx::load_shared_v4(place() + 16),
-                c = ptx::load_shared_v4(place() + 32);
-    return Job{static_cast<int>(a.x),
-               static_cast<int>(a.y),
-               static_cast<int>(a.z),
-               static_cast<int>(a.w),
-               static_cast<int>(c.x),
-               static_cast<int>(c.y),
-               {static_cast<int>(b.x), static_cast<int>(b.y), static_cast<int>(b.z),
-                static_cast<int>(b.w)},
-               {0, 0}};
-  }
-  __device__ void done(bool tell) {
-    if (tell) ptx::barrier_arrive(smem_ + T::kJobEmpty + 8 * at_.slot);
-    at_.advance();
-  }
-
- private:
-  __device__ uint32_t place() const {
-    return smem_ + T::kJobs + at_.slot * heuristics::sm100::kJobBytes;
-  }
-
-  uint32_t smem_;
-  Cursor<T::kJobStages> at_;
-};
+using JobRing = device::JobRing<T, Job>;
 
 // Fills the w ring of this CTA. It never waits for the kernel before: weights do not come from it.
 template <class T>
@@ -106,7 +48,7 @@ class WeightLoader {
     int32_t begin[4];  // of the tiles, in blocks of the stream
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      const int tile = row_tile + t % T::kClusterCtas;
+      const int tile = row_tile + t % T::kClusterSize;
       const int4 entry = __ldg(&p_.tiles[min(tile, p_.schedule.row_tiles - 1)]);
       begin[t] = entry.x;
       job.sparse[t] = entry.y;
@@ -211,17 +153,17 @@ class ActivationLoader {
     const uint32_t slot = smem_ + T::kXRing + at_.slot * T::kXStageBytes;
     if constexpr (T::kCtas == 1) {
       ptx::barrier_arrive_expect(smem_ + T::kXFull + 8 * at_.slot, T::kXStageBytes);
-      ptx::tensor_copy_2d(slot, &p_.x_map, column, row, full, ptx::kEvictLast);
+      ptx::tensor_copy_2d(slot, &p_.x_map, column, row, full, device::kEvictLast);
     } else {
       if (rank_ % 2 == 0) {
         ptx::barrier_arrive_expect(smem_ + T::kXFull + 8 * at_.slot, T::kCtas * T::kXStageBytes);
       }
       if constexpr (T::kPairs == 1) {
-        ptx::tensor_copy_2d_pair(slot, &p_.x_map, column, row, full, ptx::kEvictLast);
+        ptx::tensor_copy_2d_pair(slot, &p_.x_map, column, row, full, device::kEvictLast);
       } else {
         const uint16_t same_half = static_cast<uint16_t>(0b101 << rank_ % 2);
         ptx::tensor_copy_2d_pair_multicast(slot + rank_ / 2 * T::kXBoxTokens * kRowBytes, &p_.x_map,
-                                           column, row, full, same_half, ptx::kEvictLast);
+                                           column, row, full, same_half, device::kEvictLast);
       }
     }
     at_.advance();

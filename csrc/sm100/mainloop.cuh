@@ -135,7 +135,7 @@ class Multiplier {
     w_.advance();
   }
   __device__ void release_x() {
-    constexpr uint16_t kEveryone = (1 << T::kClusterCtas) - 1;
+    constexpr uint16_t kEveryone = (1 << T::kClusterSize) - 1;
     ptx::tensor_commit<T::kCtas>(smem_ + T::kXEmpty + 8 * x_.slot, kEveryone);
     x_.advance();
   }

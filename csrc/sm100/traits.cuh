@@ -66,7 +66,7 @@ struct Traits {
   static constexpr int kTokens = tokens;
   static constexpr int kCtas = ctas;  // of an instruction; the first of them is their leader
   static constexpr int kPairs = pairs;
-  static constexpr int kClusterCtas = heuristics::sm100::cluster_ctas(kConfig);
+  static constexpr int kClusterSize = heuristics::sm100::cluster_ctas(kConfig);
   static constexpr int kWStages = w_stages;
   static constexpr int kXStages = x_stages;
   static constexpr int kResidency = residency;

@@ -13,7 +13,7 @@
 //   warp 9           activations: tensor copies, shared by the CTAs of the cluster
 #pragma once
 
-#include "device/launch.h"
+#include "device/persistent.h"
 #include "device/tile_table.cuh"
 #include "sm90/epilogue.cuh"
 #include "sm90/loaders.cuh"
@@ -52,6 +52,13 @@ __device__ __forceinline__ void sync_cluster() {
   } else {
     __syncthreads();
   }
+}
+
+// After every lane of the warp has read the job.
+template <class T>
+__device__ __forceinline__ void done(JobRing<T>& jobs) {
+  __syncwarp();
+  jobs.done(ptx::lane_id() == 0);
 }
 
 // Gives out the whole tiles behind the first of each CTA. The counter is back to 0 when every CTA
@@ -103,7 +110,7 @@ __device__ __forceinline__ void load_activations(const Params& p, uint32_t smem,
   while (true) {
     jobs.wait();
     const Job job = jobs.read();
-    jobs.done();
+    done(jobs);
     if (job.row_tile < 0) break;
     loader.load(job);
   }
@@ -136,7 +143,7 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
     multiplier.run(sums, walk_of(p.schedule), work.begin, work.end, sparse_units,
                    p.schedule.k_blocks);
     const Job job = jobs.read();  // again, so that it takes no registers meanwhile
-    jobs.done();
+    done(jobs);
     if constexpr (T::kSplits > 1) {
       float own[T::kParts][T::kOwnSums];
       exchange.run(sums, own);
@@ -190,26 +197,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kShares ? 2 : 1)
     __syncwarp();
     sync_cluster<T>();
   }
-}
-
-template <class T>
-void launch_instance(const Params& params, cuda::Stream stream) {
-  auto* kernel = &hybrid_gemm<T>;
-  cuda::allow_smem(kernel, T::kSmemBytes);
-  cuda::LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(params.schedule.clusters * T::kClusterSize));
-  shape.block = dim3(T::kThreads);
-  shape.smem_bytes = T::kSmemBytes;
-  shape.cluster = T::kClusterSize;
-  shape.dependent = true;
-  cuda::launch(kernel, shape, stream, params);
-}
-
-template <class T>
-int max_clusters_instance() {
-  auto* kernel = &hybrid_gemm<T>;
-  cuda::allow_smem(kernel, T::kSmemBytes);
-  return cuda::max_clusters(kernel, dim3(T::kThreads), T::kSmemBytes, T::kClusterSize);
 }
 
 }  // namespace spense::sm90

@@ -4,9 +4,9 @@
 
 #include <map>
 #include <mutex>
-#include <stdexcept>
-#include <string_view>
 
+#include "device/cache_policy.h"
+#include "device/instance.h"
 #include "sm90/params.h"
 
 namespace spense::sm90 {
@@ -19,19 +19,11 @@ namespace spense::sm90 {
 
 namespace {
 
-struct Instance {
-  std::string_view name;
-  void (*launch)(const Params& params, cuda::Stream stream);
-  int (*max_clusters)();
-};
-constexpr Instance kInstances[] = {
+constexpr cuda::Instance<Params> kInstances[] = {
 #define INSTANCE(name, ...) {#name, &launch_##name, &max_clusters_##name},
 #include "heuristics/sm90_instances.def"
 #undef INSTANCE
 };
-
-// L2 policies as bulk copies take them: weights that are read once need not stay.
-constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000;
 
 }  // namespace
 
@@ -41,7 +33,7 @@ const heuristics::MaxClusters& max_clusters(int device) {
   const std::lock_guard lock(guard);
   heuristics::MaxClusters& fit = of_device[device];
   if (fit.empty()) {
-    for (const Instance& instance : kInstances) fit.push_back(instance.max_clusters());
+    for (const auto& instance : kInstances) fit.push_back(instance.max_clusters());
   }
   return fit;
 }
@@ -65,7 +57,7 @@ void launch(const heuristics::GemmChoice& choice, const heuristics::SchedulePara
   p.y = args.y;
   p.partials = p.exchange = static_cast<float*>(partials);  // a config uses one of them
   p.counters = counters;
-  p.w_policy = schedule.token_tiles == 1 ? kEvictFirst : kEvictNormal;
+  p.w_policy = device::weight_policy(schedule.token_tiles);
   p.x_scale_step = static_cast<int32_t>(args.x_scale_step);
   p.m = static_cast<int32_t>(args.m);
   p.n = static_cast<int32_t>(args.n);
@@ -83,10 +75,7 @@ void launch(const heuristics::GemmChoice& choice, const heuristics::SchedulePara
     p.y_map =
         cuda::tensor_map({args.y, args.m, row_bytes, row_bytes, heuristics::store_tokens(config)});
   }
-  for (const Instance& instance : kInstances) {
-    if (instance.name == config.name) return instance.launch(p, stream);
-  }
-  throw std::logic_error("spense: no kernel for config " + std::string(config.name));
+  cuda::find_instance(kInstances, config.name).launch(p, stream);
 }
 
 }  // namespace spense::sm90

@@ -12,75 +12,22 @@
 // Fillers wait for the parity before theirs, which a fresh barrier reports as complete.
 #pragma once
 
+#include "device/cache_policy.h"
+#include "device/job_ring.cuh"
 #include "device/ptx.cuh"
 #include "device/tile_table.cuh"
 #include "sm90/traits.cuh"
 
 namespace spense::sm90 {
 
-// A place in a ring and the parity of the pass over it.
-template <int kStages>
-struct Cursor {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++slot == kStages) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
+using device::Cursor;
+// Hands segments from the weight warp to the other warps of the CTA.
+template <class T>
+using JobRing = device::JobRing<T, Job>;
 
 __device__ __forceinline__ heuristics::Walk walk_of(const heuristics::ScheduleParams& p) {
   return heuristics::Walk{heuristics::steps_of(p.k_blocks), p.back};
 }
-
-// Hands segments from the weight warp to the other warps of the CTA.
-template <class T>
-class JobRing {
- public:
-  __device__ explicit JobRing(uint32_t smem) : smem_(smem) {}
-
-  // The weight warp.
-  __device__ void put(const Job& job) {
-    ptx::barrier_wait(smem_ + T::kJobEmpty + 8 * at_.slot, at_.parity ^ 1);
-    __syncwarp();  // a lane that lags here could miss two phases
-    if (ptx::lane_id() == 0) {
-      const uint32_t to = smem_ + T::kJobs + at_.slot * heuristics::kJobBytes;
-      ptx::store_shared_v4(to, make_uint4(job.row_tile, job.token_tile, job.begin, job.end));
-      ptx::store_shared_v4(
-          to + 16, make_uint4(job.first, job.last, job.sparse_units[0], job.sparse_units[1]));
-      ptx::barrier_arrive(smem_ + T::kJobFull + 8 * at_.slot);
-    }
-    at_.advance();
-  }
-
-  // Everybody else: wait, read (as often as needed), done.
-  __device__ void wait() const {
-    ptx::barrier_wait(smem_ + T::kJobFull + 8 * at_.slot, at_.parity);
-  }
-  __device__ Job read() const {
-    const uint32_t from = smem_ + T::kJobs + at_.slot * heuristics::kJobBytes;
-    const uint4 a = ptx::load_shared_v4(from), b = ptx::load_shared_v4(from + 16);
-    return Job{static_cast<int>(a.x),
-               static_cast<int>(a.y),
-               static_cast<int>(a.z),
-               static_cast<int>(a.w),
-               static_cast<int>(b.x),
-               static_cast<int>(b.y),
-               {static_cast<int>(b.z), static_cast<int>(b.w)}};
-  }
-  __device__ void done() {
-    __syncwarp();
-    if (ptx::lane_id() == 0) ptx::barrier_arrive(smem_ + T::kJobEmpty + 8 * at_.slot);
-    at_.advance();
-  }
-
- private:
-  uint32_t smem_;
-  Cursor<T::kJobStages> at_;
-};
 
 // Fills the w rings of this CTA. It never waits for the kernel before: weights do not come from it.
 // No more than w_window units of a ring are on their way at a time, so that what other CTAs and the
@@ -235,9 +182,9 @@ class ActivationLoader {
       if constexpr (T::kClusterRows > 1) {
         const uint16_t sharers = ((1u << T::kClusterRows) - 1) << first_;
         ptx::tensor_copy_2d_multicast(slot + row_ * T::kXBoxTokens * kRowBytes, &p_.x_map, column,
-                                      row, full, sharers, ptx::kEvictLast);
+                                      row, full, sharers, device::kEvictLast);
       } else {
-        ptx::tensor_copy_2d(slot, &p_.x_map, column, row, full, ptx::kEvictLast);
+        ptx::tensor_copy_2d(slot, &p_.x_map, column, row, full, device::kEvictLast);
       }
     }
     at_.advance();

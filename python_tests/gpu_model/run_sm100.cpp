@@ -17,7 +17,9 @@ constexpr bool compiled(std::string_view name) {
 }
 template <bool kCompiled, class T>
 void launch_if(const Params& params, cuda::Stream stream) {
-  if constexpr (kCompiled) launch_instance<T>(params, stream);
+  if constexpr (kCompiled) {
+    cuda::launch_persistent<T>(&hybrid_gemm<T>, params.schedule.clusters, stream, params);
+  }
 }
 
 }  // namespace

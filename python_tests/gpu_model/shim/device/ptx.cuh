@@ -44,7 +44,6 @@ void cluster_arrive();
 void cluster_wait();
 
 // --- copies ---
-inline constexpr uint64_t kEvictFirst = 1, kEvictNormal = 2, kEvictLast = 3;
 void bulk_copy(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier, uint64_t);
 inline void bulk_prefetch_l2(const void* global, uint32_t bytes) {
   machine().global(global, bytes, false);
