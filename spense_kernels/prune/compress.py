@@ -58,16 +58,21 @@ def compress(
     Problems of equal shape (the same group in several layers) share the sweeps, which on a GPU
     costs little more than one of them alone.
     """
-    jobs = [_start(problem, config) for problem in problems]
-    active = [(job, g) for job, g in zip(jobs, generators, strict=True) if not job.done]
-    if active:
-        _order([job for job, _ in active], [g for _, g in active], config)
+    jobs, active = _ordered(problems, config, generators)
     if config.method == "obs":
-        _sweep_all([job for job, _ in active], config)
+        _sweep_all(active, config)
     else:
-        for job, _ in active:
+        for job in active:
             _mask_only(job, config)
     return [_finish(job, config) for job in jobs]
+
+
+def column_orders(
+    problems: list[Problem], config: PruneConfig, generators: list[torch.Generator]
+) -> list[Tensor]:
+    """The k_perm that `compress` gives each problem, int32 [k_shards, K / k_shards]; nothing is
+    pruned."""
+    return [job.k_perm for job in _ordered(problems, config, generators)[0]]
 
 
 @dataclass
@@ -98,6 +103,26 @@ def _start(problem: Problem, config: PruneConfig) -> _Job:
     order = gather_order(k_perm, distinct_widths(problem))
     dense, pruned = problem.stacked(), original.clone()
     return _Job(problem, original, dense, starts, config.damping, k_perm, order, done, pruned)
+
+
+def _ordered(
+    problems: list[Problem], config: PruneConfig, generators
+) -> tuple[list[_Job], list[_Job]]:
+    """Jobs with their columns in order; all, and those with something to prune."""
+    jobs = [_start(problem, config) for problem in problems]
+    active = [job for job in jobs if not job.done]
+    free = [
+        (job, generator)
+        for job, generator in zip(jobs, generators, strict=True)
+        if not job.done and job.problem.k_perm is None
+    ]
+    if free:
+        _order([job for job, _ in free], [generator for _, generator in free], config)
+    for job in active:
+        if job.problem.k_perm is not None:
+            job.k_perm = job.problem.k_perm.to(job.dense.device)
+            job.order = gather_order(job.k_perm, distinct_widths(job.problem))
+    return jobs, active
 
 
 def _order(jobs: list[_Job], generators: list[torch.Generator], config: PruneConfig) -> None:

@@ -41,6 +41,11 @@ class PruneConfig:
         search_rows: rows that the search looks at, those with the largest saliency.
         mask: "pair" drops the exactly best pair of each group of four, "diagonal" ignores the
             coupling of the two (SparseGPT).
+        correct: prune layer by layer: inputs of the model pruned so far (FP8 activations with fp8),
+            aimed at the dense model's outputs. Order and widths of the columns are those of a prune
+            without; masks, refit and FP8 are not. The report's errors are then against what each
+            projection was aimed at. Of the decoder layers; needs method "obs" and calibration
+            "static"; changes nothing at dense_fraction 1. Two more forward passes a layer.
         admm_steps: steps of the search for a better mask after the sweep; 0 for none. About
             doubles the time of a prune on a CPU.
         refit_steps: conjugate-gradient steps on the kept weights after the sweep; 0 for none.
@@ -111,6 +116,7 @@ class PruneConfig:
     gradient_power: float = 0.5
     shrinkage: float = 0.0
     admm_steps: int = 30
+    correct: bool = False
     modules: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     seed: int = 0
@@ -146,6 +152,15 @@ class PruneConfig:
             raise PruneError(f"PruneConfig: widths must be shares in 0..1, got {self.widths}")
         if self.strategy == "staircase" and self.method != "obs":
             raise PruneError("PruneConfig: strategy 'staircase' needs method 'obs'")
+
+        if not isinstance(self.correct, bool):
+            raise PruneError(f"PruneConfig: correct must be True or False, got {self.correct!r}")
+        if self.correct and self.method != "obs":
+            raise PruneError(f"PruneConfig: correct needs method 'obs', got {self.method!r}")
+        if self.correct and self.calibration != "static":
+            raise PruneError(
+                f"PruneConfig: correct needs calibration 'static', got {self.calibration!r}"
+            )
 
     def _integer(self, name: str, low: int) -> None:
         value = getattr(self, name)
@@ -185,6 +200,7 @@ class PruneConfig:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def curves_key(self) -> str:
-        """Equal for settings that differ in nothing but the dense fraction and use one list of
-        shares: their row losses are the same."""
-        return self.replace(dense_fraction=0.0, widths=self.shares).fingerprint()
+        """Equal for settings that differ in nothing but the dense fraction and `correct` and use
+        one list of shares: their row losses are the same."""
+        same = self.replace(dense_fraction=0.0, widths=self.shares, correct=False)
+        return same.fingerprint()

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError
 from spense_kernels.prune.calibrate import LayerWalk, check_calibration
-from spense_kernels.prune.compress import compress
+from spense_kernels.prune.compress import column_orders, compress
 from spense_kernels.prune.config import PruneConfig
+from spense_kernels.prune.correct import Corrector
 from spense_kernels.prune.groups import Group, decoder_layers, outside_modules
 from spense_kernels.prune.install import PrunedModule, install, replace_weights
 from spense_kernels.prune.plan import (
@@ -92,6 +93,7 @@ class _Run:
         self.device = torch.device(device)
         self.streamed: Statistics | None = None
         self.curvature: Curvature | None = None
+        self.corrector: Corrector | None = None
         self.batch, self.at_once = batch, 1
         self.prefix, self.layers = decoder_layers(model)
         self.report = PruneReport(config, calibration=describe_calibration(calibration))
@@ -129,6 +131,15 @@ class _Run:
         walk = None
         if self.statistics is None:
             walk = LayerWalk(self.model, self.calibration, self.device, self.batch)
+        if self.config.correct and self.config.dense_fraction < 1.0:
+            self.corrector = Corrector(
+                self.model,
+                self.calibration,
+                self.config,
+                self.curvature.gradients,
+                self.device,
+                self.batch,
+            )
         self.progress.start("prune", len(self.units))
         for first in range(0, len(self.units), self.at_once):
             chunk = range(first, min(first + self.at_once, len(self.units)))
@@ -158,15 +169,37 @@ class _Run:
                 self.report.notes.append(f"{self.name(index)}: taken from work_dir")
         with self._timed("prune"):
             for same in alike(tasks):
-                seeds = [seeded(self.config, task.problem.name) for task in same]
-                solutions = compress([task.problem for task in same], self.config, seeds)
+                problems = [task.problem for task in same]
+                seeds = [seeded(self.config, problem.name) for problem in problems]
+                if self._corrects(same[0].index):
+                    orders = column_orders(problems, self.config, seeds)
+                    for problem, k_perm in zip(problems, orders, strict=True):
+                        problem.k_perm = k_perm
+                    continue
+                solutions = compress(problems, self.config, seeds)
                 for task, solution in zip(same, solutions, strict=True):
                     task.finish(solution)
-        for of_layer in tasks:
-            index = of_layer[0].index
-            modules = {name: m for task in of_layer for name, m in task.result.items()}
-            stored[index] = {name: vars(m) for name, m in modules.items()}
-            self.store.put(f"layer_{index:04d}", stored[index])
+        missing = {of_layer[0].index: of_layer for of_layer in tasks}
+        for index in stored:
+            if self._corrects(index):
+                modules = self._correct(index, stored[index], missing.get(index))
+            elif index in missing:
+                modules = {name: m for task in missing[index] for name, m in task.result.items()}
+            if index in missing:
+                stored[index] = {name: vars(m) for name, m in modules.items()}
+                self.store.put(f"layer_{index:04d}", stored[index])
+
+    def _corrects(self, index: int) -> bool:
+        return self.corrector is not None and index < len(self.layers)
+
+    def _correct(self, index: int, stored: dict | None, tasks) -> dict[str, PrunedModule]:
+        """The layer's modules aimed at the dense model's outputs; stored ones as they are."""
+        with self._timed("correct"):
+            if tasks is not None:
+                return self.corrector.correct(index, tasks)
+            modules = {name: PrunedModule(**fields) for name, fields in stored.items()}
+            self.corrector.advance(index, modules)
+            return modules
 
     def _put(self, index: int, stored: dict, walk, on_layer: LayerCallback) -> None:
         layer, in_list = self.units[index], index < len(self.layers)

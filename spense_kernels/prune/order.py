@@ -28,6 +28,7 @@ class Problem:
         widths: int64 [ceil(N_i / 128)] each: dense columns of a shard, a tile.
         k_shards: shards of K.
         row_weights: float32 [N_i] each: how much an output's error matters; None for equal.
+        k_perm: int32 [k_shards, K / k_shards] order of the columns, or None to choose one.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Problem:
     widths: list[Tensor]
     k_shards: int = 1
     row_weights: list[Tensor] | None = None
+    k_perm: Tensor | None = None
 
     @property
     def parts(self) -> list[tuple[slice, Tensor]]:

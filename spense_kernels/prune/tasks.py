@@ -23,6 +23,7 @@ class Task:
     Attributes:
         index: of the layer.
         biases: [N_i] or None each.
+        columns: int64 [K] where the plan moved the group's columns: their places before.
         result: filled in by `finish`.
     """
 
@@ -30,6 +31,7 @@ class Task:
     group: Group
     problem: Problem
     biases: list[Tensor | None]
+    columns: Tensor | None = None
     result: dict[str, PrunedModule] = field(default_factory=dict)
 
     def finish(self, solution: Solution) -> None:
@@ -83,7 +85,8 @@ def layer_tasks(
             shards_of(group, curvature.config),
             weighting or None,
         )
-        found.append(Task(index, group, problem, [bias for _, bias in moved]))
+        biases = [bias for _, bias in moved]
+        found.append(Task(index, group, problem, biases, columns.get(group.name)))
     return found
 
 
