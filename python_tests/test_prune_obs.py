@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from spense_kernels.errors import PruneError
+from spense_kernels.prune import obs
 from spense_kernels.prune.hessian import (
     accumulate,
     damp,
@@ -226,3 +227,41 @@ def test_singular_hessian_raises_damping():
 def test_hopeless_hessian_is_an_error():
     with pytest.raises(PruneError, match=r"model\.layers\.3\.down"):
         damped_factor(-torch.eye(8) + 2 * torch.ones(8, 8), 1e-9, "model.layers.3.down", 3)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_blocks_replayed_give_the_same_bits(device, batch, monkeypatch):
+    """On the CPU without a graph: what goes in and out of it."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(batch, 40, 400, generator=generator).to(device)
+    x = torch.randn(batch, 900, 400, generator=generator).to(device)
+    factor = inverse_factor(x.transpose(1, 2) @ x)
+    start = torch.tensor([300, 400, 0, 380] * 10, device=device).expand(batch, 40)
+    scale = torch.full((batch, 40), 0.01, device=device)
+
+    def both():
+        first = obs.sweep(weight, factor, start)
+        return first, obs.sweep(first.weight, factor, start, mask=first.mask, scale=scale)
+
+    monkeypatch.setattr(obs, "_repeats", lambda *_: False)
+    expected = both()
+    count = []
+
+    def repeats(work, first, stop, rules):
+        count.append(stop - first == obs.BLOCK)
+        return count[-1]
+
+    if device == "cpu":
+        monkeypatch.setattr(obs, "_repeats", repeats)
+        monkeypatch.setattr(obs, "Replayed", lambda run, name: run)
+    else:
+        monkeypatch.undo()
+    obs._block_graph.cache_clear()
+    for _ in range(3):
+        for found, wanted in zip(both(), expected, strict=True):
+            assert all(
+                torch.equal(value, vars(wanted)[name]) for name, value in vars(found).items()
+            )
+    obs._block_graph.cache_clear()
+    assert device != "cpu" or sum(count) == 3 * 6

@@ -19,12 +19,12 @@ from spense_kernels.finetune.attention import causal_windows
 from spense_kernels.finetune.batches import Batches
 from spense_kernels.finetune.config import FinetuneConfig
 from spense_kernels.finetune.fuse import fused_norms, fused_rotary
-from spense_kernels.finetune.graph import Replayed
 from spense_kernels.finetune.loss import distillation_loss
 from spense_kernels.finetune.student import compiled_layers, student_layers
 from spense_kernels.finetune.teacher import TeacherStates, last_hidden, without_waiting
 from spense_kernels.models import need
 from spense_kernels.prune.calibrate import check_calibration
+from spense_kernels.prune.graph import Replayed
 from spense_kernels.prune.store import model_fingerprint, tensor_digest, write_text
 
 # Steps before `minutes` is turned into steps; the first ones also compile, allocate and capture.
@@ -116,7 +116,7 @@ class _Run:
         )
         self.plain = student
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
-        self.update = Replayed(self._update) if graph else self._update
+        self.update = Replayed(self._update, "finetune: steps") if graph else self._update
         self.batches = Batches(windows, config)
         again = config.minutes is not None or config.steps * config.batch > windows.shape[0]
         self.states = TeacherStates(

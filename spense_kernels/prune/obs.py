@@ -8,15 +8,18 @@ The columns stand in the order of the sweep, so dense columns placed last absorb
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from spense_kernels.prune.graph import Replayed
 from spense_kernels.prune.mask import choose_pair, choose_single, drop_costs
 
 BLOCK = 128  # columns between two updates of everything behind
 FP8_MAX = 448.0
+_GRAPH_ROWS = 8192  # rows up to which a block's kernels take less time than their launches
 
 
 @dataclass
@@ -76,7 +79,8 @@ def sweep(
     end = k if scale is not None or mask is not None else rules.high
     for a in range(0, end, BLOCK):
         b = min(a + BLOCK, k)
-        error = _sweep_block(work[:, a:b], keep[:, a:b], factor[:, a:b, a:b], a, rules)
+        sweep_block = _replay_block if _repeats(work, a, b, rules) else _sweep_block
+        error = sweep_block(work[:, a:b], keep[:, a:b], factor[:, a:b, a:b], a, rules)
         loss += error.square().sum(dim=1)
         if b < k:
             work[:, b:].baddbmm_(factor[:, a:b, b:].transpose(1, 2), error, alpha=-1)
@@ -92,6 +96,45 @@ def _make_rules(weight, dense_start, sparse_start, mask, scale, coupled) -> _Rul
         mask = mask.transpose(1, 2)
     ragged = weight.shape[2] % 4 == 3
     return _Rules(stop, sparse_start, high, coupled, ragged, mask, scale)
+
+
+def _repeats(work: Tensor, first: int, stop: int, rules: _Rules) -> bool:
+    """Whether the block does what every block of its shape does, in too many small kernels."""
+    if not work.is_cuda or stop - first != BLOCK or work.shape[0] * work.shape[2] > _GRAPH_ROWS:
+        return False
+    if rules.mask is None:
+        sparse = rules.low <= first and stop <= rules.high
+        return sparse and rules.scale is None and not rules.ragged
+    return rules.scale is not None
+
+
+def _replay_block(work: Tensor, keep: Tensor, factor: Tensor, first: int, rules: _Rules) -> Tensor:
+    """`_sweep_block` as a CUDA graph."""
+    block = _block_graph(tuple(work.shape), rules.mask is not None, rules.coupled, work.device)
+    if rules.mask is None:
+        given = (rules.stop - first,)
+    else:
+        given = rules.mask[:, first : first + BLOCK], rules.scale
+    error, swept, kept = block(work, factor, *given).unbind()
+    work.copy_(swept)
+    keep.copy_(kept > 0)
+    return error
+
+
+@functools.lru_cache(maxsize=16)
+def _block_graph(shape: tuple[int, ...], masked: bool, coupled: bool, device: torch.device):
+    """Of a block's work, factor and stop (the sparse part goes on behind it), or mask and scale:
+    error, work and keep float32 [3, B, BLOCK, N]. One for each kind of block."""
+
+    def run(work, factor, first, scale=None):
+        work = work.clone()
+        keep = torch.ones_like(work, dtype=torch.bool)
+        mask, stop = (first, None) if masked else (None, first)
+        rules = _Rules(stop, 0, 0 if masked else BLOCK, coupled, False, mask, scale)
+        error = _sweep_block(work, keep, factor, 0, rules)
+        return torch.stack([error, work, keep.float()])
+
+    return Replayed(run, "prune: sweeps")
 
 
 def _sweep_block(work: Tensor, keep: Tensor, factor: Tensor, first: int, rules: _Rules) -> Tensor:

@@ -16,10 +16,12 @@ class Replayed:
     The function takes tensors of the same shapes at each call, returns one tensor, changes nothing
     on the host that the next call would read, and does not wait for the device. Where it cannot be
     captured a warning says so, and it runs as it is from then on.
+
+    name: of what it does, for that warning.
     """
 
-    def __init__(self, function: Callable[..., Tensor]):
-        self.function = function
+    def __init__(self, function: Callable[..., Tensor], name: str):
+        self.function, self.name = function, name
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -55,7 +57,7 @@ class Replayed:
                 self._output = self.function(*self._inputs)
         except RuntimeError as error:
             text = str(error).strip().splitlines() or [type(error).__name__]
-            warnings.warn(f"finetune: steps run without a CUDA graph: {text[0]}", stacklevel=3)
+            warnings.warn(f"{self.name} run without a CUDA graph: {text[0]}", stacklevel=3)
             torch.cuda.synchronize()
             return
         self._graph = graph
