@@ -45,7 +45,7 @@ class PruneConfig:
             aimed at the dense model's outputs. Order and widths of the columns are those of a prune
             without; masks, refit and FP8 are not. The report's errors are then against what each
             projection was aimed at. Of the decoder layers; needs method "obs" and calibration
-            "static"; changes nothing at dense_fraction 1. Two more forward passes a layer.
+            "static"; changes nothing at dense_fraction 1. Layers are then pruned one by one.
         admm_steps: steps of the search for a better mask after the sweep; 0 for none. About
             doubles the time of a prune on a CPU.
         refit_steps: conjugate-gradient steps on the kept weights after the sweep; 0 for none.
