@@ -19,7 +19,7 @@ from spense_kernels.finetune import FinetuneConfig, finetune, finish_student, ma
 from spense_kernels.prune import PruneConfig
 
 FRACTIONS = (0.25, 0.125, 0.5, 0.0)
-THOROUGH = {"gradient_share": 1.0}
+THOROUGH = {"gradient_share": 1.0, "correct": True}
 TARGETS = {0.0: (0.35, None), 0.125: (0.64, 0.86), 0.25: (0.75, 0.91), 0.5: (0.89, 0.96)}
 
 
