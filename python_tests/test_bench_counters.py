@@ -13,7 +13,7 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench"
 KERNEL = (
     "void spense::sm90::hybrid_gemm<spense::sm90::Traits<(int)1, (int)16, (int)1, (int)1, (int)8, "
-    "(int)28, (bool)1>>(spense::sm90::Params)"
+    "(int)26, (bool)1>>(spense::sm90::Params)"
 )
 COLUMNS = [
     "gpu__time_duration.sum",
