@@ -13,7 +13,7 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench"
 KERNEL = "_ZN6spense4sm9011hybrid_gemmINS0_6TraitsI{}EEEEvNS0_6ParamsE"
 NUMBERS = {
-    "t128x16_c1k1_s8x26": "Li1ELi16ELi1ELi1ELi8ELi28ELb1E",
+    "t128x16_c1k1_s8x26": "Li1ELi16ELi1ELi1ELi8ELi26ELb1E",
     "t128x32_c1k1_s7x18": "Li1ELi32ELi1ELi1ELi7ELi18ELb1E",
 }
 
@@ -80,7 +80,7 @@ def race(config: str, write: int, read: int, hazards: int) -> str:
 
 UNINITIALISED = """========= Uninitialized __global__ memory read of size 4 bytes
 =========     at void spense::sm90::hybrid_gemm<spense::sm90::Traits<(int)1, (int)16, (int)1, \
-(int)1, (int)8, (int)28, (bool)1>>(spense::sm90::Params)+0x40
+(int)1, (int)8, (int)26, (bool)1>>(spense::sm90::Params)+0x40
 =========     by thread ({thread},0,0) in block (0,0,0)
 =========     Address {address} is out of nothing
 ========= """.replace("\\\n", "")

@@ -33,15 +33,15 @@ def measured():
 
 
 def test_the_estimate_is_near_what_was_measured():
-    """Decode on an H100, 0 to 100 % dense: estimates are 7.6 % below to 14.9 % above. They were
-    fitted to launches without the hint of the next weight."""
+    """Decode on an H100, 0, 25 and 100 % dense: estimates are 4.6 % below to 17.5 % above. They were
+    fitted to what a layer adds among a model's others, which is more than it takes among its like."""
     off = {}
     for p in measured():
         us = gemm_us(p["m"], p["n"], p["k"], p["packed_bytes"])
         off[p["layer"], p["m"], p["dense"]] = us / p["times"]["spense"]["us"] - 1
-    assert len(off) >= 160
-    assert max(map(abs, off.values())) < 0.16, off
-    assert abs(sum(off.values()) / len(off)) < 0.06
+    assert len(off) >= 120
+    assert max(map(abs, off.values())) < 0.18, off
+    assert abs(sum(off.values()) / len(off)) < 0.08
 
 
 @pytest.mark.parametrize("batch", [1, 16, 64, 300, 4096])
@@ -95,7 +95,7 @@ def test_a_staircase_costs_its_bytes():
 @pytest.mark.parametrize(
     ("speedup", "batch", "words"),
     [
-        (1.9, 16, r"the most that these layers can reach at batch 16 is 1\.5\d+"),
+        (1.9, 16, r"the most that these layers can reach at batch 16 is 1\.4\d+"),
         (0.0, 16, "expected a number above 0"),
         (float("nan"), 16, "expected a number above 0"),
         (float("inf"), 16, "expected a number above 0"),
