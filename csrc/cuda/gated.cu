@@ -24,16 +24,14 @@ __device__ float activate(float g) {
 }
 
 template <typename T, Activation kActivation>
-struct GatedSource {
+struct GatedSource : Weightless {
   const T *gate, *up;
   int64_t gate_stride, up_stride;
   bool aligned;
 
   using Element = T;
   using Kept = Eight<float>;
-  struct Held {};  // no weight
   static constexpr int kInputs = 2;
-  static constexpr bool kSums = false;
   static constexpr int kMaxRows = 2;
   static constexpr int kMaxVectors = 4;
 
@@ -41,10 +39,6 @@ struct GatedSource {
     return i == 0 ? gate + m * gate_stride : up + m * up_stride;
   }
   __device__ int64_t stride(int i) const { return i == 0 ? gate_stride : up_stride; }
-  template <bool>
-  __device__ Held hold(int, int) const {
-    return {};
-  }
   template <bool>
   __device__ Kept take(const Eight<T> (&in)[2], int64_t, int, int, double&) const {
     Kept product;
@@ -55,7 +49,6 @@ struct GatedSource {
     }
     return product;
   }
-  __device__ float factor(double) const { return 1.0f; }
   __device__ float value(const Kept& v, int i, float, Held) const { return v.get(i); }
   __device__ uint32_t raise(uint32_t peak, const Kept& v, float, Held) const {
     float largest = __uint_as_float(peak);

@@ -31,6 +31,18 @@ namespace {
 constexpr int kSliceStep = 128;  // slices are multiples of this many columns
 constexpr int64_t kNearColumns = 1 << 16;
 
+// Of a Source without weights, whose rows need no factor.
+struct Weightless {
+  struct Held {};
+  static constexpr bool kSums = false;
+
+  template <bool>
+  __device__ Held hold(int, int) const {
+    return {};
+  }
+  __device__ float factor(double) const { return 1.0f; }
+};
+
 struct Slices {
   int width = 0;    // columns of a CTA
   int outputs = 0;  // columns of y that it writes: fewer where several CTAs compute the same row

@@ -21,30 +21,23 @@ __device__ uint32_t float_bits(uint32_t peak) {
 }
 
 template <typename T>
-struct PlainSource {
+struct PlainSource : Weightless {
   const T* x;
   int64_t x_stride;
   bool aligned;
 
   using Element = T;
   using Kept = Eight<T>;
-  struct Held {};  // no weight
   static constexpr int kInputs = 1;
-  static constexpr bool kSums = false;
   static constexpr int kMaxRows = sizeof(T) == 2 ? 4 : 2;
   static constexpr int kMaxVectors = 4;
 
   __device__ const T* input(int, int64_t m) const { return x + m * x_stride; }
   __device__ int64_t stride(int) const { return x_stride; }
   template <bool>
-  __device__ Held hold(int, int) const {
-    return {};
-  }
-  template <bool>
   __device__ Kept take(const Eight<T> (&in)[1], int64_t, int, int, double&) const {
     return in[0];
   }
-  __device__ float factor(double) const { return 1.0f; }
   __device__ float value(const Kept& kept, int i, float, Held) const { return kept.get(i); }
   __device__ uint32_t raise(uint32_t peak, const Kept& kept, float, Held) const {
     uint32_t largest = 0;
@@ -95,8 +88,8 @@ template <typename T>
 void run(const QuantizeArgs& args, Stream stream) {
   constexpr int64_t kLeastColumns = 8192;
   const auto source_of = [](const QuantizeArgs& rows) {
-    return PlainSource<T>{static_cast<const T*>(rows.x), rows.x_stride,
-                          aligned_rows<T>(rows.x, rows.x_stride)};
+    return PlainSource<T>{
+        {}, static_cast<const T*>(rows.x), rows.x_stride, aligned_rows<T>(rows.x, rows.x_stride)};
   };
   if (args.k <= kMaxFusedColumns) return launch_rows(source_of(args), args, kLeastColumns, stream);
   for (int64_t row = 0; row < args.m; row += kMaxGridRows) {

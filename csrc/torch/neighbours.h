@@ -49,6 +49,23 @@ inline Activation gelu_kind(const char* op, const std::string& approximate) {
   Arg{op, "approximate"}.fail("expected none or tanh, got ", approximate);
 }
 
+// Fields that both devices' arguments have.
+template <class NormArgs>
+void set_residual(NormArgs& all, const Tensor& residual, Tensor& sum) {
+  all.residual = residual.const_data_ptr();
+  all.residual_stride = row_stride(residual);
+  all.sum = sum.mutable_data_ptr();
+}
+template <class GatedArgs, class QuantizeArgs>
+GatedArgs gated_args(const QuantizeArgs& gate, const Tensor& up, Activation activation) {
+  GatedArgs all;
+  all.rows = gate;
+  all.up = up.const_data_ptr();
+  all.up_stride = row_stride(up);
+  all.activation = activation;
+  return all;
+}
+
 // The ops. Rows(x, gather) holds the outputs x8() and scale of a call on one device, and brings
 //   norm(weight, eps, unit_offset)                  runs it
 //   add_norm(residual, weight, eps, unit_offset)    runs it and returns the sum

@@ -61,19 +61,12 @@ struct Rows {
     const Tensor wide = float_weight(weight, unit_offset);
     Tensor sum = empty_cpu({args.m, args.k}, residual.scalar_type());
     cpu::NormArgs all = norm_args(wide, eps);
-    all.residual = residual.const_data_ptr();
-    all.residual_stride = row_stride(residual);
-    all.sum = sum.mutable_data_ptr();
+    set_residual(all, residual, sum);
     run(all, cpu::find_quantize(nullptr)->run_norm);
     return sum;
   }
   void gated(const Tensor& up, Activation activation) const {
-    cpu::GatedArgs all;
-    all.rows = args;
-    all.up = up.const_data_ptr();
-    all.up_stride = row_stride(up);
-    all.activation = activation;
-    run(all, cpu::find_quantize(nullptr)->run_gated);
+    run(gated_args<cpu::GatedArgs>(args, up, activation), cpu::find_quantize(nullptr)->run_gated);
   }
 
   Tensor x8() const { return first_columns(padded, args.k); }

@@ -35,19 +35,12 @@ struct Rows {
   Tensor add_norm(const Tensor& residual, const Tensor& weight, float eps, bool unit_offset) const {
     Tensor sum = empty_cuda({args.m, args.k}, residual.scalar_type(), residual);
     cuda::NormArgs all = norm_args(weight, eps, unit_offset);
-    all.residual = residual.const_data_ptr();
-    all.residual_stride = row_stride(residual);
-    all.sum = sum.mutable_data_ptr();
+    set_residual(all, residual, sum);
     cuda::norm_quantize(all, scope.stream());
     return sum;
   }
   void gated(const Tensor& up, Activation activation) const {
-    cuda::GatedArgs all;
-    all.rows = args;
-    all.up = up.const_data_ptr();
-    all.up_stride = row_stride(up);
-    all.activation = activation;
-    cuda::gated_quantize(all, scope.stream());
+    cuda::gated_quantize(gated_args<cuda::GatedArgs>(args, up, activation), scope.stream());
   }
 
   Tensor x8() const { return first_columns(padded, args.k); }
