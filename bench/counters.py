@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from pathlib import Path
 import torch
 from gemm import counters
 from gemm.machine import machine, short_name
+from gemm.nvcc import toolkit_program
 from gemm.report import write_points
 from gemm.rivals import CublasLt, Spense
 from gemm.shapes import MODELS
@@ -33,10 +32,7 @@ ORDER = [256, 512, 1024, 2048, 128, 64, 4096, 32, 8192, 16, 8, 1]
 
 
 def ncu() -> str:
-    found = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
-    if not os.path.exists(found):
-        raise SystemExit("expected ncu (Nsight Compute) on PATH, got none")
-    return found
+    return toolkit_program("ncu", "ncu (Nsight Compute)")
 
 
 def work(points: list[counters.Point], budget_s: float, device: torch.device) -> None:

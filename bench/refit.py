@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from gemm import kernels
 from gemm.shapes import HELD_OUT, UNSEEN
 
 from spense_kernels.layout import BLOCK_BYTES, DENSE_UNIT_COLUMNS, TILE_ROWS, ceil_div, padded_k
 
 HEURISTICS = Path(__file__).resolve().parents[1] / "csrc" / "heuristics"
 COSTS, FORMULA = HEURISTICS / "sm90_costs.def", HEURISTICS / "cost.cpp"
-INSTANCES = HEURISTICS / "sm90_instances.def"
 # Constants of the device in cost.cpp, in the order of a parameter vector.
 DEVICE = ("kDramBytesPerUs", "kL2BytesPerUs", "kLaunchUs", "kStreamLaunch", "kDenseUnit")
 DEVICE += ("kExponent", "kReread", "kTail")
@@ -54,8 +54,7 @@ class Config:
 
 
 def instances() -> dict[str, Config]:
-    rows = re.findall(r"^INSTANCE\((\w+),([^)]*)\)", INSTANCES.read_text(), re.MULTILINE)
-    return {name: Config(*map(int, numbers.split(",")[:4])) for name, numbers in rows}
+    return {name: Config(*numbers[:4]) for name, numbers in kernels.instances().items()}
 
 
 @dataclass

@@ -28,7 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from gemm.nvcc import build
+from gemm.nvcc import build, toolkit_program
 from sanitizing import findings
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -42,9 +42,7 @@ RIGHT, WRONG = (re.compile(rf"^  (\S+): {word}(.*)", re.MULTILINE) for word in (
 
 def sanitizer() -> list[str]:
     """The program, and the options among those we want that it knows."""
-    found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not os.path.exists(found):
-        raise SystemExit("expected compute-sanitizer on PATH, got none")
+    found = toolkit_program("compute-sanitizer")
     known = subprocess.run([found, "--help"], capture_output=True, text=True).stdout
     options = [("--demangle", "no"), ("--show-backtrace", "no")]
     return [found, *(word for option in options if option[0] in known for word in option)]

@@ -10,7 +10,7 @@ from functools import partial
 from gemm import ceiling
 from gemm.regret import AUTO, regret_of
 from gemm.rivals import Spense, hinted
-from gemm.timing import Call, Recorder, rotation
+from gemm.timing import Call, Recorder, Recording, rotation
 
 GRAPH_US = 250  # a recording lasts at least about so long
 MAX_LAUNCHES = 256  # of a recording
@@ -70,20 +70,26 @@ class Choices:
         model: Sequence[Spense],
     ) -> dict[str, dict]:
         floor = ceiling.floor_us(spense.layer, spense.split, m, self.rate)
-        alone = rotation(contenders[AUTO], launches(self.recorder, floor, GRAPH_US))
-        recordings = {ALONE: self.recorder.record(alone, len(alone))} if model else {}
+
+        def alone(calls: list[Call]) -> Recording:
+            turn = rotation(calls, launches(self.recorder, floor, GRAPH_US))
+            return self.recorder.record(turn, len(turn))
+
         others = {other: other.calls(m) for other in model if other is not spense}
-        for name, calls in contenders.items():
-            if model:
-                of = others | {spense: calls}
-                turn = [of[s][i % len(of[s])] for i in range(PASSES) for s in model]
-                recordings[name] = self.recorder.record(hinted(turn), PASSES)
-            else:
-                turn = rotation(calls, launches(self.recorder, floor, GRAPH_US))
-                recordings[name] = self.recorder.record(turn, len(turn))
+
+        def among_others(calls: list[Call]) -> Recording:
+            of = others | {spense: calls}
+            turn = [of[s][i % len(of[s])] for i in range(PASSES) for s in model]
+            return self.recorder.record(hinted(turn), PASSES)
+
+        record = among_others if model else alone
+        recordings = {name: record(calls) for name, calls in contenders.items()}
+        if model:
+            recordings[ALONE] = alone(contenders[AUTO])
         if m >= HUNGRY_TOKENS:
-            return self.recorder.measure_settled(recordings)
-        times = self.recorder.measure(recordings, seconds=0, min_rounds=rounds)
+            times = self.recorder.measure_settled(recordings)
+        else:
+            times = self.recorder.measure(recordings, seconds=0, min_rounds=rounds)
         if model:
             beside = times[AUTO]["us"] - times.pop(ALONE)["us"]
             for summary in times.values():

@@ -2,10 +2,12 @@
 // The ceiling of a weight-streaming GEMM: the same bytes in the same launch chain, no arithmetic.
 // Bulk copies into a ring of shared memory read w and x; a bulk copy writes y. As in the GEMM, the
 // ring fills with w before the wait for the kernel ahead, and everything else comes after it.
-//   nvcc -shared: loaded with ctypes by ceiling.py
+//   nvcc -shared: loaded with ctypes by copy_stream.py
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#include "barrier.cuh"
 
 namespace {
 
@@ -18,17 +20,6 @@ struct Job {
   int chunk, stages;
 };
 
-__device__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-__device__ void wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n .reg .pred done;\n"
-      "again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      " @!done bra again;\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
 __device__ void load(uint32_t to, const uint8_t* from, uint32_t bytes, uint32_t barrier) {
   constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)

@@ -9,6 +9,12 @@ from pathlib import Path
 INSTANCES = Path(__file__).resolve().parents[2] / "csrc" / "heuristics" / "sm90_instances.def"
 
 
+def instances() -> dict[str, list[int]]:
+    """Numbers of every compiled configuration, in the order of GemmConfig, by name."""
+    rows = re.findall(r"^INSTANCE\((\w+),([^)]*)\)", INSTANCES.read_text(), re.MULTILINE)
+    return {name: _numbers(row) for name, row in rows}
+
+
 def config_of(kernel: str) -> str:
     """Name of the configuration that a kernel of the SM90 family is, or the name as it stands."""
     mangled = re.search(r"Traits(I(?:L[ib]\d+E)+)", kernel)
@@ -19,10 +25,8 @@ def config_of(kernel: str) -> str:
         values = _numbers(re.sub(r"\(\w+\)", "", readable[1]))
     else:
         return kernel
-    for name, row in re.findall(r"^INSTANCE\((\w+),([^)]*)\)", INSTANCES.read_text(), re.MULTILINE):
-        if _numbers(row) == values:
-            return name
-    return kernel
+    named = [name for name, numbers in instances().items() if numbers == values]
+    return named[0] if named else kernel
 
 
 def _numbers(words: str) -> list[int]:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds a CUDA source of the benchmarks and loads it."""
+"""Builds a CUDA source of the benchmarks and loads it; finds other programs of the toolkit."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -29,6 +31,14 @@ def build(source: Path, arch: str = "90a") -> Path:
     flags += [f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]", "-o", str(target)]
     subprocess.run([nvcc, *flags, str(source)], check=True)
     return target
+
+
+def toolkit_program(name: str, title: str = "") -> str:
+    """The program, on PATH or where the toolkit puts it; SystemExit where there is none."""
+    found = shutil.which(name) or f"/usr/local/cuda/bin/{name}"
+    if not os.path.exists(found):
+        raise SystemExit(f"expected {title or name} on PATH, got none")
+    return found
 
 
 @cache

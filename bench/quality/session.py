@@ -71,7 +71,7 @@ class Session:
         """Of one calibration draw; the last one is kept, on the device."""
         key = (seed, count or self.count, config.token_weighting, config.needs_gradients)
         key += (
-            bool(config.gradient_share),
+            config.gradient_power if config.gradient_share else None,
             config.sensitivity_sequences,
             config.sensitivity_stride,
         )
