@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from spense_kernels import SpenseLinear, neighbours
 from spense_kernels.checkpoint.skeleton import parameters_on_meta, set_tensor
+from spense_kernels.errors import first_line
 from spense_kernels.format import HybridWeight, Split
 from spense_kernels.layout import LEGAL_NIBBLES
 
@@ -232,8 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
                 point |= measure(model, batch, args.context, device)
             except RuntimeError as fault:  # the others are timed all the same
                 failures += 1
-                lines = str(fault).strip().splitlines() or [type(fault).__name__]
-                print(f"{shape.name} {where}: FAILED: {lines[0]}", flush=True)
+                print(f"{shape.name} {where}: FAILED: {first_line(fault)}", flush=True)
                 continue
             finally:
                 forget(device)

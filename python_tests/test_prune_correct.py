@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from prune_models import Keep, distance, make, pruned_tensors, quick, same, tokens_for_calibration
+from prune_models import Keep, distance, make, pruned_tensors, quick, same
 
 from spense_kernels.cli.settings import make_config
 from spense_kernels.errors import PruneError
@@ -25,16 +25,6 @@ from spense_kernels.prune.stand_in import Fp8Linear
 from spense_kernels.prune.tasks import layer_tasks
 
 STAIRCASE = {"strategy": "staircase", "dense_fraction": 0.25, "sensitivity_stride": 1}
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return tokens_for_calibration()
-
-
-@pytest.fixture(scope="module")
-def gemma():
-    return make("gemma3")
 
 
 def layer_error(model, pruned, tokens) -> list[float]:

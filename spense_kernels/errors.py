@@ -20,3 +20,8 @@ class PruneError(SpenseError):
 
 class UserError(SpenseError):
     """A mistake on the command line; shown without a traceback."""
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's text, or the name of its type where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -22,8 +22,8 @@ def round_fp8(x: Tensor) -> Tensor:
 
 
 def weight_scale(weight: Tensor) -> Tensor:
-    """float32 [N]: max(|row|, 1e-12) / 448, so that the largest weight of a row becomes 448."""
-    amax = weight.float().abs().amax(dim=1).clamp_min(AMAX_FLOOR)
+    """float32 [..., N] of [..., N, K]: max(|row|, 1e-12) / 448: a row's largest becomes 448."""
+    amax = weight.float().abs().amax(dim=-1).clamp_min(AMAX_FLOOR)
     return amax / FP8_MAX
 
 

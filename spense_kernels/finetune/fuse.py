@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from spense_kernels.errors import first_line
+
 _SHAPES = 64  # that a function may be compiled for
 _ATTENTION, _ROTARY = "Attention", "apply_rotary_pos_emb"  # names in transformers
 
@@ -41,10 +43,9 @@ class Fused:
             with dynamo.config.patch(recompile_limit=_SHAPES):
                 return self._compiled(*args, **options)
         except (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit) as error:
-            why = str(error).strip().splitlines() or [type(error).__name__]
             name = getattr(self.function, "__name__", "a function")
             warnings.warn(
-                f"finetune: {name} runs uncompiled, as torch.compile failed: {why[0]}",
+                f"finetune: {name} runs uncompiled, as torch.compile failed: {first_line(error)}",
                 stacklevel=2,
             )
             self.on = False

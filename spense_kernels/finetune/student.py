@@ -18,10 +18,9 @@ from spense_kernels import ops
 from spense_kernels.errors import PruneError
 from spense_kernels.finetune.fuse import Fused
 from spense_kernels.format import HybridWeight, Split
+from spense_kernels.layout import FP8_MAX
 from spense_kernels.linear import SpenseLinear, rows_of
-
-FP8_MAX = 448.0
-_AMAX_FLOOR = 1e-12
+from spense_kernels.quant import AMAX_FLOOR
 
 
 class StudentLinear(nn.Module):
@@ -111,7 +110,7 @@ def quantize_weight(weight: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     scale = max(|row|, 1e-12) / 448, at least `least`; codes round weight * (1 / scale).
     """
     # A norm reads the weight once; abs().amax() would write it out in between.
-    scale = torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp_min_(_AMAX_FLOOR)
+    scale = torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp_min_(AMAX_FLOOR)
     scale *= 1.0 / FP8_MAX
     # 448 * scale / 448 need not round back to scale.
     scale = torch.where(scale > least * (1.0 + 1e-6), scale, least)

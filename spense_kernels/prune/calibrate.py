@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError
 from spense_kernels.prune.groups import Group, GroupProbe, decoder_layers, outside_modules
-from spense_kernels.prune.hessian import accumulate, symmetrize, token_weights
+from spense_kernels.prune.hessian import accumulate, check_finite, symmetrize, token_weights
 
 
-class _Stop(Exception):
-    pass
+class Stop(Exception):
+    """Ends a forward pass that has shown what was wanted."""
 
 
 def check_calibration(calibration: Tensor) -> None:
@@ -94,7 +94,7 @@ class LayerWalk:
                     self.hidden.append(hidden.to(self._home))
                 calls.append((args[1:], kwargs))
                 if index == len(self.layers) - 1:
-                    raise _Stop
+                    raise Stop
                 return hidden
 
             return record
@@ -105,7 +105,7 @@ class LayerWalk:
                 f"prune: calibration must hold tokens 0..{vocabulary.weight.shape[0] - 1}, "
                 f"got {int(wrong[0])}"
             )
-        with overridden(self.layers, make), suppress(_Stop):
+        with overridden(self.layers, make), suppress(Stop):
             model(input_ids=ids.to(vocabulary.weight.device), use_cache=False)
         self._arguments.setdefault(ids.shape[0], calls)
         self._ids.append(ids.to(vocabulary.weight.device))
@@ -173,11 +173,7 @@ class LayerWalk:
             for handle in handles:
                 handle.remove()
         for name, hessian in sums.items():
-            symmetrize(hessian)
-            if not bool(torch.isfinite(hessian.diagonal()).all()):
-                raise PruneError(
-                    f"prune: the calibration input of {self.name(index)}{name} has NaN or Inf"
-                )
+            check_finite(symmetrize(hessian), self.name(index) + name)
         return sums
 
     @torch.no_grad()
@@ -198,7 +194,7 @@ class LayerWalk:
                 accumulate(sums[name], args[0].flatten(0, -2).to(self._home))
                 seen.add(name)
                 if len(seen) == len(found):
-                    raise _Stop
+                    raise Stop
 
             return hook
 
@@ -206,14 +202,13 @@ class LayerWalk:
         try:
             for ids, hidden in zip(self._ids, self.hidden, strict=True):
                 seen.clear()
-                with overridden(self.layers, self.passing(hidden)), suppress(_Stop):
+                with overridden(self.layers, self.passing(hidden)), suppress(Stop):
                     model(input_ids=ids, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
         for name, hessian in sums.items():
-            if not bool(torch.isfinite(symmetrize(hessian).diagonal()).all()):
-                raise PruneError(f"prune: the calibration input of {name} has NaN or Inf")
+            check_finite(symmetrize(hessian), name)
         return groups, sums
 
     def passing(self, hidden: Tensor):

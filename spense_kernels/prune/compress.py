@@ -16,7 +16,7 @@ from spense_kernels.prune.blocks import stacked
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.hessian import damped_factors, permuted
 from spense_kernels.prune.mask import top2_mask
-from spense_kernels.prune.obs import FP8_MAX, round_to_fp8, sweep
+from spense_kernels.prune.obs import round_to_fp8, sweep
 from spense_kernels.prune.order import (
     Problem,
     choose_orders,
@@ -26,8 +26,7 @@ from spense_kernels.prune.order import (
 )
 from spense_kernels.prune.refit import refit
 from spense_kernels.prune.saliency import weight_saliency
-
-_AMAX_FLOOR = 1e-12
+from spense_kernels.quant import weight_scale
 
 
 @dataclass
@@ -138,7 +137,7 @@ def _order(jobs: list[_Job], generators: list[torch.Generator], config: PruneCon
 def _finish(job: _Job, config: PruneConfig) -> Solution:
     problem, original = job.problem, job.original
     if job.done and config.fp8:  # nothing is sparse: plain FP8 rounding
-        job.scale = fp8_scale(original)
+        job.scale = weight_scale(original)
         job.pruned = round_to_fp8(original, job.scale[:, None])
     sizes = [w.shape[0] for w in problem.weights]
     error, energy = torch.empty(len(original)).double(), torch.empty(len(original)).double()
@@ -151,11 +150,6 @@ def _finish(job: _Job, config: PruneConfig) -> Solution:
     ]
     scales = None if job.scale is None else list(job.scale.split(sizes))
     return Solution(job.k_perm.cpu(), list(job.pruned.split(sizes)), scales, ratios, job.damping)
-
-
-def fp8_scale(weight: Tensor) -> Tensor:
-    """float32 [N]: largest magnitude of each row over 448, never zero."""
-    return weight.abs().amax(dim=-1).clamp_min(_AMAX_FLOOR) / FP8_MAX
 
 
 @dataclass
@@ -206,7 +200,7 @@ def _sweep_pieces(jobs, pieces, orders, starts, first: int, config: PruneConfig)
     weight, mask = _fit(swept.weight, target, swept.mask, hessian, start, config)
     scale = None
     if config.fp8:
-        scale = fp8_scale(weight)
+        scale = weight_scale(weight)
         if config.fp8_feedback:
             weight = sweep(weight, factor, start, mask=mask, scale=scale).weight
         else:
@@ -249,7 +243,7 @@ def _mask_only(job: _Job, config: PruneConfig) -> None:
         keep[rows, :start] = top2_mask(saliency[rows, :start]) if start else True
     weight = _restore(job.dense[:, job.order] * keep, job.order)
     if config.fp8:
-        job.scale = fp8_scale(weight)
+        job.scale = weight_scale(weight)
         weight = round_to_fp8(weight, job.scale[:, None])
     job.pruned = weight
 

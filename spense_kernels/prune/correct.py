@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from spense_kernels import ops
-from spense_kernels.errors import PruneError
 from spense_kernels.linear import rows_of
-from spense_kernels.prune.calibrate import LayerWalk
+from spense_kernels.prune.calibrate import LayerWalk, Stop
 from spense_kernels.prune.compress import compress
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.hessian import (
     accumulate,
+    check_finite,
     damped_factor,
     shrunk,
     symmetrize,
@@ -35,10 +35,6 @@ from spense_kernels.prune.plan import seeded
 from spense_kernels.prune.sensitivity import Gradients
 from spense_kernels.prune.stand_in import stand_in
 from spense_kernels.prune.tasks import Task
-
-
-class _Stop(Exception):
-    pass
 
 
 @dataclasses.dataclass
@@ -148,10 +144,7 @@ class Corrector:
         for i, weight in enumerate(problem.weights):
             if i == 0 or not one:
                 hessian, shift = hessians[i], shifts[i]
-                if not bool(torch.isfinite(hessian.diagonal()).all()):
-                    raise PruneError(
-                        f"prune: the calibration input of {problem.name} has NaN or Inf"
-                    )
+                check_finite(hessian, problem.name)
                 _, factor, _ = damped_factor(hessian, config.damping, problem.name)
             weight = weight.float()
             targets.append(weight + weight @ shift @ factor.T @ factor)
@@ -201,7 +194,7 @@ class Corrector:
 
         def stop(module, args):
             inputs.append(args[0])
-            raise _Stop
+            raise Stop
 
         firsts: list[tuple[Tensor, Tensor]] = []
         module = self.pruned.layers[index].get_submodule(task.group.name)
@@ -209,7 +202,7 @@ class Corrector:
         place, length = 0, self.shape[1]
         try:
             for hidden, x_d in zip(self.pruned.hidden, seen.inputs, strict=True):
-                with suppress(_Stop):
+                with suppress(Stop):
                     self.pruned.call(index, hidden.to(self.device))
                 x_p, x_d = self._read(inputs.pop()), x_d.to(self.device).float()
                 delta = x_d - x_p

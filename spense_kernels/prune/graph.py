@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from spense_kernels.errors import first_line
+
 
 class Replayed:
     """Runs a function once as it is, captures it at the second call, then replays it.
@@ -56,8 +58,9 @@ class Replayed:
             with torch.cuda.graph(graph):
                 self._output = self.function(*self._inputs)
         except RuntimeError as error:
-            text = str(error).strip().splitlines() or [type(error).__name__]
-            warnings.warn(f"{self.name} run without a CUDA graph: {text[0]}", stacklevel=3)
+            warnings.warn(
+                f"{self.name} run without a CUDA graph: {first_line(error)}", stacklevel=3
+            )
             torch.cuda.synchronize()
             return
         self._graph = graph

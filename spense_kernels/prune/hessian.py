@@ -42,6 +42,12 @@ def symmetrize(hessian: Tensor) -> Tensor:
     return hessian
 
 
+def check_finite(hessian: Tensor, name: str) -> None:
+    """Raise PruneError naming the projection whose inputs had NaN or Inf."""
+    if not bool(torch.isfinite(hessian.diagonal()).all()):
+        raise PruneError(f"prune: the calibration input of {name} has NaN or Inf")
+
+
 def token_weights(y: Tensor) -> Tensor:
     """float32 [T]: 1 / mean(y_t^2), what a following RMSNorm does to a token's error.
 

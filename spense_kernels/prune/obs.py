@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spense_kernels.layout import FP8_MAX
 from spense_kernels.prune.graph import Replayed
 from spense_kernels.prune.mask import choose_pair, choose_single, drop_costs
 
 BLOCK = 128  # columns between two updates of everything behind
-FP8_MAX = 448.0
 _GRAPH_ROWS = 8192  # rows up to which a block's kernels take less time than their launches
 
 
