@@ -98,8 +98,9 @@ def test_newton_inverse_from_the_pull_before(growth):
     hessian = torch.stack([problem(seed=s)[1] for s in range(2)]).double()
     root = hessian.diagonal(dim1=-2, dim2=-1).sqrt()[:, None]
     scaled, eye = hessian / root / root.transpose(1, 2), torch.eye(160, dtype=torch.float64)
-    before = torch.linalg.inv(scaled + 0.3 * eye)
-    wanted = torch.linalg.inv(scaled + 0.3 * growth * eye)
+    # Not torch.linalg.inv: once torch.set_num_threads was called, its batched LU on a CPU fails.
+    before = torch.cholesky_inverse(torch.linalg.cholesky(scaled + 0.3 * eye))
+    wanted = torch.cholesky_inverse(torch.linalg.cholesky(scaled + 0.3 * growth * eye))
     found = newton_inverse(scaled + 0.3 * growth * eye, before)
     assert (found - wanted).norm() <= 2 * (growth - 1) ** 16 * wanted.norm() + 1e-10
 
