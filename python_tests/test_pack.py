@@ -67,7 +67,7 @@ def test_round_trip_of_every_width(n, k, data):
     split = Split.uniform(n, k, width)
     weight = random_weight(split, seed=n + k, negative_zeros=0.1)
     packed = weight.pack()
-    assert packed.unpack(split, weight.w_scale).equal(weight)
+    assert HybridWeight.from_packed(packed, split, weight.w_scale).equal(weight)
 
 
 def layer(n: int = 130, k: int = 523, width: int = 208) -> HybridWeight:

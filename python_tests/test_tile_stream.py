@@ -96,7 +96,7 @@ def test_pack_and_unpack_equal_the_twin(shape, seed):
     assert_bitwise(values, weight.values)
     assert_bitwise(indices, weight.indices)
     assert_bitwise(dense, weight.dense)
-    assert packed.unpack(split, weight.w_scale).equal(
+    assert HybridWeight.from_packed(packed, split, weight.w_scale).equal(
         HybridWeight(split, weight.values, weight.indices, weight.dense, weight.w_scale)
     )
 
@@ -112,7 +112,7 @@ def test_other_legal_encodings_pack_as_they_are_and_come_back_canonical():
     w_packed, w_tiles = twin(odd)
     packed = odd.pack()
     assert_bitwise(packed.w_packed, w_packed)
-    back = packed.unpack(split, weight.w_scale)
+    back = HybridWeight.from_packed(packed, split, weight.w_scale)
     assert back.equal(odd.canonical())
     assert not back.equal(odd)
     by_twin = HybridWeight(split, *unpack_reference(w_packed, w_tiles, split), weight.w_scale)
@@ -165,5 +165,5 @@ def test_a_gpu_encodes_and_packs_the_same_bytes(shape):
     packed, expected = there.pack(), weight.pack()
     assert_bitwise(packed.w_packed, expected.w_packed)
     assert_bitwise(packed.w_tiles, expected.w_tiles)
-    assert packed.unpack(split, there.w_scale, there.bias).equal(there)
+    assert HybridWeight.from_packed(packed, split, there.w_scale, there.bias).equal(there)
     assert HybridWeight.from_state_dict(there.state_dict()).equal(there)

@@ -132,7 +132,7 @@ class PackedLinear(nn.Module):
         packed = PackedWeight(
             self.w_packed, self.w_tiles, self.k_gather, self.out_features, self.in_features
         )
-        return packed.unpack(self.split, self.w_scale, self.bias)
+        return HybridWeight.from_packed(packed, self.split, self.w_scale, self.bias)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, "

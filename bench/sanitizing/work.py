@@ -19,6 +19,7 @@ from gemm.choices import token_tile
 from torch import Tensor
 
 from spense_kernels import ops
+from spense_kernels.format import HybridWeight
 from spense_kernels.testing.configs import gemm_configs
 from spense_kernels.testing.generators import (
     exact_activations,
@@ -111,7 +112,7 @@ def packers(device: str) -> None:
         there = weight.to(device)
         packed = there.pack()
         assert_bitwise(packed.w_packed.cpu(), weight.pack().w_packed)
-        assert packed.unpack(weight.split, there.w_scale).to("cpu").equal(weight)
+        assert HybridWeight.from_packed(packed, weight.split, there.w_scale).to("cpu").equal(weight)
 
 
 def control(library: Path, device: str) -> None:

@@ -16,6 +16,7 @@ from spense_kernels.checkpoint.reader import CheckpointReader
 from spense_kernels.checkpoint.skeleton import build_skeleton, expected_tensors
 from spense_kernels.checkpoint.storage import SUMS_FILE, file_digest
 from spense_kernels.errors import CheckpointError
+from spense_kernels.format import HybridWeight
 from spense_kernels.format.validate import TENSORS
 from spense_kernels.layout import TILE_TABLE_COLUMNS
 
@@ -171,7 +172,8 @@ def _check_layer(reader: CheckpointReader, name: str, report: VerifyReport) -> N
     try:
         weight = reader.layer(name)
         packed = weight.pack()
-        if not packed.unpack(weight.split, weight.w_scale, weight.bias).equal(weight):
+        again = HybridWeight.from_packed(packed, weight.split, weight.w_scale, weight.bias)
+        if not again.equal(weight):
             report.notes.append(f"{name}: legal, but not in the canonical encoding")
     except (CheckpointError, RuntimeError) as fault:
         report.problems.append(str(fault))

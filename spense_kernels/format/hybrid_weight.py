@@ -19,6 +19,7 @@ from spense_kernels.format.groups import (
     encode_groups,
     nan_bytes,
 )
+from spense_kernels.format.packed import PackedWeight
 from spense_kernels.format.split import Run, Split
 from spense_kernels.layout import EMPTY_NIBBLE, GROUP, TILE_ROWS, row_bytes, tile_count
 from spense_kernels.quant import fp8_to_float, quantize_weight
@@ -48,7 +49,7 @@ class HybridWeight:
     bias: Tensor | None = None
 
     def __post_init__(self):
-        validate.check_arrays(self)
+        validate.check_arrays(self.split, vars(self))
 
     @classmethod
     def from_dense(
@@ -112,18 +113,26 @@ class HybridWeight:
 
         Raises FormatError that names the tensor and the shard, tile and row of the first fault.
         """
-        validate.check_contents(self)
+        validate.check_contents(self.split, vars(self))
         return self
 
     def canonical(self) -> HybridWeight:
         """The same weight in the canonical encoding (docs/format.md); writers store no other."""
         return HybridWeight.from_dense(self.to_dense(), self.w_scale, self.split, self.bias)
 
-    def pack(self, device=None):
-        """The tile stream that kernels read: `PackedWeight`, on `device` (None: where it is)."""
-        from spense_kernels.format.packed import PackedWeight
+    def pack(self, device=None) -> PackedWeight:
+        """The tile stream that kernels read, on `device` (None: where the weight is)."""
+        return PackedWeight.pack(self.split, self.values, self.indices, self.dense, device)
 
-        return PackedWeight.from_hybrid(self, device)
+    @classmethod
+    def from_packed(
+        cls, packed: PackedWeight, split: Split, w_scale: Tensor, bias: Tensor | None = None
+    ) -> HybridWeight:
+        """Back from a tile stream (canonical encoding); `split` must be the packed weight's.
+
+        Raises RuntimeError when the stream is not one of `split`.
+        """
+        return cls(split, *packed.unpack(split), w_scale, bias)
 
     def to(self, device) -> HybridWeight:
         """The same weight on another device."""
@@ -161,7 +170,7 @@ class HybridWeight:
         Raises FormatError that names the tensor.
         """
         weight = cls(**validate.read_state_dict(state, prefix, n, k))
-        validate.check_contents(weight, prefix)
+        validate.check_contents(weight.split, vars(weight), prefix)
         return weight
 
     def shard(self, first: int, last: int) -> HybridWeight:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from spense_kernels import ops
-from spense_kernels.format.hybrid_weight import HybridWeight
 from spense_kernels.format.split import Split
 from spense_kernels.layout import LAYOUT_VERSION
 
@@ -33,28 +32,25 @@ class PackedWeight:
     layout: int = LAYOUT_VERSION
 
     @classmethod
-    def from_hybrid(cls, weight: HybridWeight, device=None) -> PackedWeight:
-        """Packs with the op of the weight's device, then moves the result to `device`."""
-        split = weight.split
-        w_packed, w_tiles = ops.pack(
-            weight.values,
-            weight.indices,
-            weight.dense,
-            split.widths,
-            n=split.n,
-            k=split.k,
-            k_shards=split.k_shards,
+    def pack(
+        cls, split: Split, values: Tensor, indices: Tensor, dense: Tensor, device=None
+    ) -> PackedWeight:
+        """Packs the arrays of a HybridWeight with the op of their device, then moves the result to
+        `device` (None: it stays)."""
+        shape = {"n": split.n, "k": split.k}
+        arrays = ops.pack(values, indices, dense, split.widths, **shape, k_shards=split.k_shards)
+        w_packed, w_tiles, gather = (
+            t.to(device or values.device) for t in (*arrays, split.gather())
         )
-        device = w_packed.device if device is None else device
-        gather = split.gather().to(device)
-        return cls(w_packed.to(device), w_tiles.to(device), gather, split.n, split.k)
+        return cls(w_packed, w_tiles, gather, **shape)
 
-    def unpack(self, split: Split, w_scale: Tensor, bias: Tensor | None = None) -> HybridWeight:
-        """Back to the checkpoint form (canonical encoding); `split` must be the packed weight's.
+    def unpack(self, split: Split) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, indices and dense bytes (canonical encoding); `split` must be the packed
+        weight's.
 
         Raises RuntimeError when the stream is not one of `split`.
         """
-        values, indices, dense = ops.unpack(
+        return ops.unpack(
             self.w_packed,
             self.w_tiles,
             split.widths,
@@ -63,7 +59,6 @@ class PackedWeight:
             k_shards=split.k_shards,
             layout=self.layout,
         )
-        return HybridWeight(split, values, indices, dense, w_scale, bias)
 
     def __repr__(self) -> str:
         return (

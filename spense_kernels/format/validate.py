@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,6 @@ from spense_kernels.format.blocks import blocks
 from spense_kernels.format.groups import illegal_indices, nan_bytes
 from spense_kernels.format.split import Split
 from spense_kernels.layout import EMPTY_NIBBLE, GROUP, groups_of, row_bytes
-
-if TYPE_CHECKING:
-    from spense_kernels.format.hybrid_weight import HybridWeight
 
 PAYLOAD = ("values", "indices", "dense")
 TENSORS = (*PAYLOAD, "w_scale", "k_perm", "dense_width")  # of every layer; `bias` may follow
@@ -32,12 +28,11 @@ DTYPES = {
 DIMS = {"k_perm": 2}
 
 
-def check_arrays(weight: HybridWeight) -> None:
-    """Sizes, dtypes, devices and contiguity of a HybridWeight against its split."""
-    split = weight.split
+def check_arrays(split: Split, tensors: Mapping[str, Tensor | None]) -> None:
+    """Sizes, dtypes, devices and contiguity of a HybridWeight's tensors against its split."""
     expected = dict(zip(PAYLOAD, split.payload_bytes(), strict=True))
     for name in (*PAYLOAD, "w_scale", "bias"):
-        tensor = getattr(weight, name)
+        tensor = tensors[name]
         if tensor is None and name == "bias":
             continue
         dtype = torch.uint8 if name in PAYLOAD else torch.float32
@@ -47,43 +42,40 @@ def check_arrays(weight: HybridWeight) -> None:
             raise FormatError(f"HybridWeight: {name} must be {dtype} of shape {shape}, got {got}")
         if not tensor.is_contiguous():
             raise FormatError(f"HybridWeight: {name} must be contiguous")
-        if tensor.device != weight.values.device:
+        if tensor.device != tensors["values"].device:
             raise FormatError(
-                f"HybridWeight: {name} must be on {weight.values.device} like values, "
+                f"HybridWeight: {name} must be on {tensors['values'].device} like values, "
                 f"got {tensor.device}"
             )
 
 
-def check_contents(weight: HybridWeight, prefix: str = "") -> None:
+def check_contents(split: Split, tensors: Mapping[str, Tensor | None], prefix: str = "") -> None:
     """Nibbles, NaN bytes, padding, scales and bias; `prefix` goes before tensor names."""
     for i, name in enumerate(PAYLOAD):
-        array = getattr(weight, name)
+        array = tensors[name]
         bad = illegal_indices(array) if name == "indices" else nan_bytes(array)
         if bool(bad.any()):
             at = int(bad.nonzero()[0])
             fault = "a nibble whose places are not ascending" if name == "indices" else "NaN"
             raise FormatError(
                 f"{prefix}{name}: {fault}, byte 0x{int(array[at]):02X} at {at} "
-                f"({_where(weight.split, i, at)})"
+                f"({_where(split, i, at)})"
             )
-    _check_padding(weight, prefix)
-    scale = weight.w_scale
+    _check_padding(split, tensors, prefix)
+    scale, bias = tensors["w_scale"], tensors["bias"]
     bad = ~(torch.isfinite(scale) & (scale > 0))
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise FormatError(
             f"{prefix}w_scale: must be finite and positive, got {float(scale[row])} at row {row}"
         )
-    if weight.bias is not None and not bool(torch.isfinite(weight.bias).all()):
-        row = int((~torch.isfinite(weight.bias)).nonzero()[0])
-        raise FormatError(f"{prefix}bias: must be finite, got {float(weight.bias[row])} at {row}")
+    if bias is not None and not bool(torch.isfinite(bias).all()):
+        row = int((~torch.isfinite(bias)).nonzero()[0])
+        raise FormatError(f"{prefix}bias: must be finite, got {float(bias[row])} at {row}")
 
 
-def _check_padding(weight: HybridWeight, prefix: str) -> None:
-    split = weight.split
-    for run, shard, (values, indices, _) in blocks(
-        split, weight.values, weight.indices, weight.dense
-    ):
+def _check_padding(split: Split, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    for run, shard, (values, indices, _) in blocks(split, *(tensors[name] for name in PAYLOAD)):
         columns = split.shard_columns - run.width
         groups = groups_of(columns)
         bad = None

@@ -18,7 +18,6 @@ from vllm.model_executor.layers.linear import (
 from spense_kernels import ops
 from spense_kernels.checkpoint.config import ModuleEntry
 from spense_kernels.errors import CheckpointError
-from spense_kernels.format.packed import PackedWeight
 from spense_kernels.format.validate import TENSORS
 from spense_kernels.vllm.parts import LayerParts, Part, rows_of_rank, shards_of_rank
 
@@ -149,7 +148,7 @@ def _finish(layer: nn.Module) -> None:
     """Builds, packs and puts the weight where the places are."""
     device = layer.values.device
     weight = layer.spense.build()
-    packed = PackedWeight.from_hybrid(weight, device)
+    packed = weight.pack(device)
     order = torch.arange(weight.split.k, dtype=torch.int32)
     in_order = torch.equal(weight.split.gather(), order)
     tensors = {
