@@ -9,10 +9,11 @@ import torch
 from spense_kernels.prune.hessian import damp, inverse_factor
 from spense_kernels.prune.mask import (
     PAIRS,
-    choose_pair,
+    cheapest_pair,
     choose_single,
-    drop_costs,
+    drop_forms,
     is_2to4,
+    kept_places,
     top2_mask,
 )
 
@@ -32,6 +33,12 @@ def removal_loss(hessian: torch.Tensor, weight: torch.Tensor, dropped: tuple) ->
     best[kept] = torch.linalg.solve(h[kept][:, kept], target)
     change = best - weight.double()
     return float(change @ h @ change)
+
+
+def choose_pair(weight: torch.Tensor, factor: torch.Tensor, coupled: bool = True) -> torch.Tensor:
+    """bool [4, N]: what stays of a group [4, N] under the factor [4, 4]."""
+    pair = cheapest_pair((drop_forms(factor, coupled) @ weight)[None])[0]
+    return kept_places(weight.device)[pair].T
 
 
 @pytest.mark.parametrize("k", [4, 64, 70, 3, 1])
@@ -62,7 +69,7 @@ def test_pair_choice_is_the_best_of_six():
     hessian = damp(x.T @ x, 0.01)
     factor = inverse_factor(hessian)
     weight = torch.randn(rows, k, generator=generator)
-    keep = choose_pair(weight.T[:4], drop_costs(factor[:4, :4])).T
+    keep = choose_pair(weight.T[:4], factor[:4, :4]).T
     for row in range(rows):
         losses = [removal_loss(hessian, weight[row], pair) for pair in PAIRS]
         chosen = tuple((~keep[row]).nonzero().flatten().tolist())
@@ -70,10 +77,23 @@ def test_pair_choice_is_the_best_of_six():
         assert losses[PAIRS.index(chosen)] <= min(losses) * (1 + 1e-3)
 
 
+def test_errors_are_those_of_columns_dropped_one_after_another():
+    factor = random_factor(4, 5)
+    weight = torch.randn(4, 30, generator=torch.Generator().manual_seed(5))
+    formed = (drop_forms(factor) @ weight)[12:].view(7, 4, 30)
+    for pair, found in zip((*PAIRS, ()), formed, strict=True):
+        rest, wanted = weight.double(), torch.zeros(4, 30, dtype=torch.float64)
+        for j in pair:
+            wanted[j] = rest[j] / factor[j, j].double()
+            rest = rest - factor[j].double()[:, None] * wanted[j]
+        # Products and a sum in float32 of coefficients rounded once.
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_diagonal_choice_is_sparsegpt():
     factor = random_factor(4, 2)
     weight = torch.randn(4, 50, generator=torch.Generator().manual_seed(2))
-    keep = choose_pair(weight, drop_costs(factor, coupled=False))
+    keep = choose_pair(weight, factor, coupled=False)
     score = weight.square() / factor.diagonal()[:, None].square()
     assert torch.equal(keep.T, top2_mask(score.T))
 
@@ -81,7 +101,6 @@ def test_diagonal_choice_is_sparsegpt():
 def test_exact_choice_never_costs_more_than_the_diagonal_one():
     factor = random_factor(4, 3)
     weight = torch.randn(4, 500, generator=torch.Generator().manual_seed(3))
-    costs = drop_costs(factor)
 
     def total(keep):
         out = torch.zeros(500, dtype=torch.float64)
@@ -93,8 +112,8 @@ def test_exact_choice_never_costs_more_than_the_diagonal_one():
             out += loss * (~keep[p] & ~keep[q])
         return out
 
-    exact = total(choose_pair(weight, costs))
-    diagonal = total(choose_pair(weight, drop_costs(factor, coupled=False)))
+    exact = total(choose_pair(weight, factor))
+    diagonal = total(choose_pair(weight, factor, coupled=False))
     assert (exact <= diagonal * (1 + 1e-3) + 1e-6).all()
     assert exact.sum() < diagonal.sum()
 

@@ -15,7 +15,7 @@ from spense_kernels.prune.hessian import (
     symmetrize,
     token_weights,
 )
-from spense_kernels.prune.mask import is_2to4
+from spense_kernels.prune.mask import PAIRS, is_2to4
 from spense_kernels.prune.obs import FP8_MAX, round_to_fp8, sweep
 from spense_kernels.prune.refit import refit
 from spense_kernels.quant import round_fp8
@@ -74,6 +74,53 @@ def test_row_loss_is_the_damped_loss(k, start):
     assert is_2to4(swept.weight[0, :, : start // 4 * 4])
     if start == 0:
         assert torch.equal(swept.weight[0], weight)
+
+
+def swept_by_columns(weight, factor, start, mask=None, scale=None):
+    """The sweep's definition in float64: one column after another, for every row alike.
+
+    The mask of a group is chosen when its first column's turn comes. Returns weight and mask.
+    """
+    work, u = weight.double().clone(), factor.double()
+    keep = torch.ones(weight.shape, dtype=torch.bool) if mask is None else mask
+    for j in range(weight.shape[1]):
+        if mask is None and j < start and j % 4 == 0:
+            # Of the columns not yet visited: what the rows above have left of H^-1.
+            block = u[j : j + 4, j : j + 4].T @ u[j : j + 4, j : j + 4]
+            losses = []
+            for pair in PAIRS:
+                w = work[:, [j + i for i in pair]]
+                inverse = torch.linalg.inv(block[list(pair)][:, list(pair)])
+                losses.append(((w @ inverse) * w).sum(dim=1))
+            for row, best in enumerate(torch.stack(losses).argmin(dim=0).tolist()):
+                keep[row, [j + i for i in PAIRS[best]]] = False
+        kept = work[:, j] * keep[:, j]
+        if scale is not None:
+            kept = round_to_fp8(kept.float(), scale).double()
+        error = (work[:, j] - kept) / u[j, j]
+        work[:, j + 1 :] -= error[:, None] * u[j, j + 1 :]
+        work[:, j] = kept
+    return work, keep
+
+
+@pytest.mark.parametrize(("k", "start"), [(160, 160), (160, 112), (300, 256)])
+def test_sweep_against_its_definition(k, start):
+    weight, hessian = problem(n=48, k=k)
+    factor = inverse_factor(damp(hessian, 0.01))
+    swept = sweep(weight[None], factor[None], start)
+    wanted, mask = swept_by_columns(weight, factor, start)
+    assert torch.equal(swept.mask[0], mask)  # no two pairs of these weights tie
+    torch.testing.assert_close(swept.weight[0].double(), wanted, rtol=1e-3, atol=1e-4)
+    scale = swept.weight[0].abs().amax(dim=1) / FP8_MAX
+    rounded = sweep(swept.weight, factor[None], start, mask=swept.mask, scale=scale[None])
+    wanted, _ = swept_by_columns(swept.weight[0], factor, start, mask, scale)
+    # A value near the middle of two codes may go the other way, and its row with it.
+    rows = (rounded.weight[0].double() - wanted).abs().amax(dim=1) < 1e-4
+    assert rows.float().mean() > 0.9
+    factors = factor[None]
+    both = sweep(weight[None], factors, start, scale=scale[None])  # in one go
+    assert is_2to4(both.weight[0, :, :start])
+    assert torch.equal(round_to_fp8(both.weight[0], scale[:, None]), both.weight[0])
 
 
 @pytest.mark.parametrize("k", [64, 65, 66, 67, 3, 1])

@@ -11,10 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spense_kernels.prune.blocks import blocks
 from spense_kernels.prune.hessian import cholesky
 from spense_kernels.prune.mask import top2_mask
-from spense_kernels.prune.refit import ridged, schur_complement
+from spense_kernels.prune.refit import DAMPING, Part, eliminated
 
 FIRST_PULL, LAST_PULL = 0.3, 2.0  # over the diagonal of H scaled to 1
 NEWTON_GROWTH = 1.5  # of the pull: at most 0.5^16 of an inverse is lost in four steps of Newton's
@@ -29,7 +28,7 @@ def search_mask(
     hessian: Tensor,
     steps: int,
     dense_start: Tensor,
-    damping: float = 1e-4,
+    damping: float = DAMPING,
 ) -> tuple[Tensor, Tensor]:
     """A 2:4 mask for rows whose first `dense_start` columns are sparse, and weights on it.
 
@@ -44,24 +43,27 @@ def search_mask(
 
     Returns weights float32 [B, N, K] (not refitted) and mask bool [B, N, K].
     """
-    full = ridged(hessian, damping)
     weight, mask = weight.clone(), mask.clone()
-    for block in blocks(dense_start):
-        start = block.start
-        # A short last group keeps the sweep's choice.
-        if start < 4 or start % 4:
-            continue
-        reduced, _ = schur_complement(block.of(full), start)
-        given = block.take(weight)[..., :start], block.take(target)[..., :start]
-        found = _search(*given, reduced, steps)
-        block.put(weight, found)
-        block.put(mask, _two_of_four(found))
+    for part in eliminated(hessian, dense_start, damping):
+        rows = [part.block.take(values) for values in (weight, target, mask)]
+        found, kept = search_part(part, *rows, steps)
+        part.block.put(weight, found)
+        part.block.put(mask, kept)
     return weight, mask
 
 
-def _two_of_four(values: Tensor) -> Tensor:
-    """Exactly two kept a group, even where zeros survived."""
-    return top2_mask(values.abs())
+def search_part(
+    part: Part, weight: Tensor, target: Tensor, mask: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """`search_mask` of one part's rows [b, R, K]: weights and mask [b, R, K]."""
+    start = part.block.start
+    if start < 4 or start % 4:  # a short last group keeps the sweep's choice
+        return weight, mask
+    weight, mask = weight.clone(), mask.clone()
+    found = _search(weight[..., :start], target[..., :start], part.reduced, steps)
+    weight[..., :start] = found
+    mask[..., :start] = top2_mask(found.abs())  # exactly two kept a group, even of zeros
+    return weight, mask
 
 
 def _search(start: Tensor, target: Tensor, hessian: Tensor, steps: int) -> Tensor:
@@ -71,7 +73,7 @@ def _search(start: Tensor, target: Tensor, hessian: Tensor, steps: int) -> Tenso
     scaled = hessian / root / root.transpose(1, 2)
     cut = start * root
     goal = (target * root) @ scaled
-    multiplier = torch.zeros_like(cut)
+    dual = torch.zeros_like(cut)  # multipliers over the pull
     pulls = max(1, -(-steps // PULL_STEPS))
     growth = (LAST_PULL / FIRST_PULL) ** (1.0 / max(1, pulls - 1))
     inverse = None
@@ -80,9 +82,8 @@ def _search(start: Tensor, target: Tensor, hessian: Tensor, steps: int) -> Tenso
         inverse = _inverse(scaled, pull, inverse if growth <= NEWTON_GROWTH else None)
         count = min(PULL_STEPS, steps - i * PULL_STEPS)
         for one, part in _parts(cut):
-            _steps(
-                cut[one, part], goal[one, part], multiplier[one, part], inverse[one], pull, count
-            )
+            _steps(cut[one, part], goal[one, part], dual[one, part], inverse[one], pull, count)
+        dual /= growth
     return cut / root
 
 
@@ -101,11 +102,11 @@ def _inverse(scaled: Tensor, pull: float, before: Tensor | None) -> Tensor:
     """(scaled + pull I)^-1; `before` is that of a pull at most NEWTON_GROWTH times smaller.
 
     On a GPU the inverses before are improved by Newton's steps, which are matrix products only:
-    factorisations of many small matrices take far longer there.
+    factorisations take far longer there, and wait for the device.
     """
     eye = torch.eye(scaled.shape[-1], device=scaled.device)
     shifted = scaled + pull * eye
-    if before is None or not scaled.is_cuda or len(scaled) == 1:
+    if before is None or not scaled.is_cuda:
         return torch.cholesky_inverse(cholesky(shifted))
     return newton_inverse(shifted, before)
 
@@ -117,10 +118,18 @@ def newton_inverse(matrix: Tensor, guess: Tensor, steps: int = 4) -> Tensor:
     return guess
 
 
-def _steps(cut: Tensor, goal: Tensor, multiplier: Tensor, inverse: Tensor, pull: float, count: int):
-    """Some steps at one pull; `cut` and `multiplier` [B, n, K] change in place."""
+def _steps(cut: Tensor, goal: Tensor, dual: Tensor, inverse: Tensor, pull: float, count: int):
+    """Some steps at one pull; `cut` and `dual` [B, n, K] change in place."""
+    solved = goal @ inverse
     for _ in range(count):
-        value = torch.add(goal, cut, alpha=pull).sub_(multiplier) @ inverse
-        torch.add(value, multiplier, alpha=1.0 / pull, out=cut)
-        cut *= top2_mask(cut.abs())
-        multiplier.add_(value.sub_(cut), alpha=pull)
+        value = torch.baddbmm(dual + solved, cut - dual, inverse, alpha=pull)
+        torch.mul(value, _among_two_largest(value.abs()), out=cut)
+        torch.sub(value, cut, out=dual)
+
+
+def _among_two_largest(values: Tensor) -> Tensor:
+    """bool [..., K] as of `top2_mask`, in fewer kernels; ties keep more than two."""
+    a, b, c, d = (fours := values.unflatten(-1, (-1, 4))).unbind(-1)
+    smaller = torch.maximum(torch.minimum(a, b), torch.minimum(c, d))
+    larger = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
+    return (fours >= torch.maximum(smaller, larger)[..., None]).flatten(-2)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spense_kernels.prune.admm import search_mask
+from spense_kernels.prune.admm import search_part
 from spense_kernels.prune.blocks import stacked
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.hessian import damped_factors, permuted
@@ -24,7 +24,7 @@ from spense_kernels.prune.order import (
     distinct_widths,
     gather_order,
 )
-from spense_kernels.prune.refit import refit
+from spense_kernels.prune.refit import Part, eliminated
 from spense_kernels.prune.saliency import weight_saliency
 from spense_kernels.quant import weight_scale
 
@@ -216,12 +216,27 @@ def _fit(
     weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, start: Tensor, config
 ) -> tuple[Tensor, Tensor]:
     """Refitted weights [B, N, K] and their mask: the sweep's, or a searched one that loses less."""
-    fitted = refit(weight, target, mask, hessian, config.refit_steps, start)
+    if not (config.admm_steps or config.refit_steps):
+        return weight, mask
+    out, kept = weight.clone(), mask.clone()
+    for part in eliminated(hessian, start):
+        block = part.block
+        found, of_rows = _fit_part(part, *map(block.take, (weight, target, mask)), hessian, config)
+        block.put(out, found)
+        block.put(kept, of_rows)
+    return out, kept
+
+
+def _fit_part(part: Part, weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, config):
+    """`_fit` of the rows [b, R, K] of one part."""
+    steps = config.refit_steps
+    fitted = part.refitted(weight, target, mask, steps)
     if not config.admm_steps:
         return fitted, mask
-    other, other_mask = search_mask(weight, target, mask, hessian, config.admm_steps, start)
-    other = refit(other, target, other_mask, hessian, config.refit_steps, start)
-    better = row_losses(other - target, hessian) < row_losses(fitted - target, hessian)
+    other, other_mask = search_part(part, weight, target, mask, config.admm_steps)
+    other = part.refitted(other, target, other_mask, steps)
+    own = part.block.of(hessian)
+    better = row_losses(other - target, own) < row_losses(fitted - target, own)
     better = better[..., None]
     return torch.where(better, other, fitted), torch.where(better, other_mask, mask)
 

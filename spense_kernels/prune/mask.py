@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-# The six pairs that may be dropped from a group of four, and the terms of their costs.
+# The six pairs that may be dropped from a group of four.
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 
 
@@ -46,53 +46,60 @@ def is_2to4(weight: Tensor) -> bool:
     return bool((grouped.sum(dim=-1) <= 2).all())
 
 
-def drop_costs(group_factor: Tensor, coupled: bool = True) -> Tensor:
-    """Coefficients of the loss of dropping each pair of a group, over products of its weights.
+def drop_forms(group_factor: Tensor, coupled: bool = True) -> Tensor:
+    """What the weights of a group are multiplied with to choose a pair and to drop it.
 
     With C the group's block of the inverse Hessian of the columns not yet visited, dropping pair
-    P costs w_P^T (C_PP)^-1 w_P, a quadratic form in two weights.
+    P costs w_P^T (C_PP)^-1 w_P: a sum of two squares of what is linear in the weights. So are the
+    errors (w - q) / U_jj of the sweep at the four columns.
 
     Args:
         group_factor: [..., 4, 4] diagonal block of the factor U; C = U^T U there.
         coupled: False leaves out the coupling of the two (w_p^2 / U_pp^2 each, SparseGPT).
 
-    Returns float32 [..., 6, 10]: rows are `PAIRS`, columns the four squares, then the products of
-    `PAIRS`.
+    Returns float32 [..., 40, 4]: two roots of the cost for each of `PAIRS`, then four errors for
+    each of them and for no pair.
     """
     factor = group_factor.double()
-    out = torch.zeros(*factor.shape[:-2], 6, 10, dtype=torch.float64, device=factor.device)
-    block = factor.transpose(-1, -2) @ factor
-    for i, (p, q) in enumerate(PAIRS):
-        if coupled:
-            a, b, c = block[..., p, p], block[..., p, q], block[..., q, q]
-            determinant = a * c - b * b
-            out[..., i, p] = c / determinant
-            out[..., i, q] = a / determinant
-            out[..., i, 4 + i] = -2.0 * b / determinant
-        else:
-            out[..., i, p] = 1.0 / factor[..., p, p].square()
-            out[..., i, q] = 1.0 / factor[..., q, q].square()
-    return out.float()
+    device = factor.device
+    p, q = _pairs(device)
+    first, second = factor[..., p, p], factor[..., q, q]
+    link = factor[..., p, q] / first  # of q's weight, what dropping p subtracts is link * w_p
+    errors = torch.zeros(*factor.shape[:-2], 7, 4, 4, dtype=torch.float64, device=device)
+    pair = torch.arange(6, device=device)
+    errors[..., pair, p, p] = 1.0 / first
+    errors[..., pair, q, q] = 1.0 / second
+    errors[..., pair, q, p] = -link / second
+    if coupled:
+        block = factor.transpose(-1, -2) @ factor
+        a, b, c = block[..., p, p], block[..., p, q], block[..., q, q]
+        first, link = a.sqrt(), b / a
+        second = (c - link * b).sqrt()
+    roots = torch.zeros(*factor.shape[:-2], 6, 2, 4, dtype=torch.float64, device=device)
+    roots[..., pair, 0, p] = 1.0 / first
+    roots[..., pair, 1, q] = 1.0 / second
+    if coupled:
+        roots[..., pair, 1, p] = -link / second
+    return torch.cat([roots.flatten(-3, -2), errors.flatten(-3, -2)], dim=-2).float()
 
 
-def products(group: Tensor) -> Tensor:
-    """[..., 10, N] squares and pair products of the weights [..., 4, N] of a group."""
-    pairs = [group[..., p, :] * group[..., q, :] for p, q in PAIRS]
-    return torch.cat([group.square(), torch.stack(pairs, dim=-2)], dim=-2)
+def cheapest_pair(formed: Tensor) -> Tensor:
+    """int64 [B, N] in `PAIRS`, of `drop_forms` [B, 40, 4] times the weights [B, 4, N]."""
+    return torch.linalg.vector_norm(formed[:, :12].unflatten(1, (6, 2)), dim=2).argmin(dim=1)
 
 
-def choose_pair(group: Tensor, costs: Tensor) -> Tensor:
-    """Best mask of one group.
+@functools.cache
+def kept_places(device: torch.device) -> Tensor:
+    """bool [7, 4]: whether a place survives each dropped pair, and that of no pair."""
+    rows = [[i not in pair for i in range(4)] for pair in (*PAIRS, ())]
+    return torch.tensor(rows, device=device)
 
-    Args:
-        group: float32 [..., 4, N], current (compensated) weights.
-        costs: [..., 6, 10] from `drop_costs`.
 
-    Returns bool [..., 4, N], True = kept.
-    """
-    cheapest = torch.matmul(costs, products(group)).argmin(dim=-2, keepdim=True)
-    keep = _kept(group.device)
-    return torch.stack([keep[i][cheapest.squeeze(-2)] for i in range(4)], dim=-2)
+@functools.cache
+def _pairs(device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64 [6] each: first and second places of `PAIRS`."""
+    p, q = torch.tensor(PAIRS, device=device).T.contiguous()
+    return p, q
 
 
 def choose_single(group: Tensor, group_factor: Tensor) -> Tensor:
@@ -106,9 +113,3 @@ def choose_single(group: Tensor, group_factor: Tensor) -> Tensor:
     cheapest = (group.square() / diagonal[..., None]).argmin(dim=-2, keepdim=True)
     index = torch.arange(3, device=group.device)[:, None]
     return index != cheapest
-
-
-@functools.cache
-def _kept(device: torch.device) -> Tensor:
-    """bool [4, 6]: whether a place survives each dropped pair."""
-    return torch.tensor([[i not in pair for pair in PAIRS] for i in range(4)], device=device)

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from spense_kernels.layout import FP8_MAX
 from spense_kernels.prune.graph import Replayed
-from spense_kernels.prune.mask import choose_pair, choose_single, drop_costs
+from spense_kernels.prune.mask import (
+    PAIRS,
+    cheapest_pair,
+    choose_single,
+    drop_forms,
+    kept_places,
+)
 
 BLOCK = 128  # columns between two updates of everything behind
 _GRAPH_ROWS = 8192  # rows up to which a block's kernels take less time than their launches
@@ -45,7 +51,7 @@ class _Rules:
     coupled: bool
     ragged: bool  # K leaves a last group of three
     mask: Tensor | None  # [B, K, N]
-    scale: Tensor | None  # [B, N]
+    fp8: bool  # round to FP8, work being in units of its rows' scales
 
 
 def sweep(
@@ -74,6 +80,8 @@ def sweep(
     batch, n, k = weight.shape
     rules = _make_rules(weight, dense_start, sparse_start, mask, scale, coupled)
     work = weight.float().transpose(1, 2).contiguous()
+    if scale is not None:  # rows are swept in units of it, so that rounding need not know it
+        work = work / scale[:, None]
     keep = torch.ones(batch, k, n, dtype=torch.bool, device=weight.device)
     loss = torch.zeros(batch, n, device=weight.device)
     end = k if scale is not None or mask is not None else rules.high
@@ -84,6 +92,9 @@ def sweep(
         loss += error.square().sum(dim=1)
         if b < k:
             work[:, b:].baddbmm_(factor[:, a:b, b:].transpose(1, 2), error, alpha=-1)
+    if scale is not None:
+        work *= scale[:, None]
+        loss *= scale.square()
     return Swept(work.transpose(1, 2).contiguous(), keep.transpose(1, 2).contiguous(), loss)
 
 
@@ -95,7 +106,7 @@ def _make_rules(weight, dense_start, sparse_start, mask, scale, coupled) -> _Rul
     if mask is not None:
         mask = mask.transpose(1, 2)
     ragged = weight.shape[2] % 4 == 3
-    return _Rules(stop, sparse_start, high, coupled, ragged, mask, scale)
+    return _Rules(stop, sparse_start, high, coupled, ragged, mask, scale is not None)
 
 
 def _repeats(work: Tensor, first: int, stop: int, rules: _Rules) -> bool:
@@ -104,18 +115,16 @@ def _repeats(work: Tensor, first: int, stop: int, rules: _Rules) -> bool:
         return False
     if rules.mask is None:
         sparse = rules.low <= first and stop <= rules.high
-        return sparse and rules.scale is None and not rules.ragged
-    return rules.scale is not None
+        return sparse and not rules.fp8 and not rules.ragged
+    return rules.fp8
 
 
 def _replay_block(work: Tensor, keep: Tensor, factor: Tensor, first: int, rules: _Rules) -> Tensor:
     """`_sweep_block` as a CUDA graph."""
     block = _block_graph(tuple(work.shape), rules.mask is not None, rules.coupled, work.device)
-    if rules.mask is None:
-        given = (rules.stop - first,)
-    else:
-        given = rules.mask[:, first : first + BLOCK], rules.scale
-    error, swept, kept = block(work, factor, *given).unbind()
+    last = first + BLOCK
+    given = rules.stop - first if rules.mask is None else rules.mask[:, first:last]
+    error, swept, kept = block(work, factor, given).unbind()
     work.copy_(swept)
     keep.copy_(kept > 0)
     return error
@@ -123,14 +132,14 @@ def _replay_block(work: Tensor, keep: Tensor, factor: Tensor, first: int, rules:
 
 @functools.lru_cache(maxsize=16)
 def _block_graph(shape: tuple[int, ...], masked: bool, coupled: bool, device: torch.device):
-    """Of a block's work, factor and stop (the sparse part goes on behind it), or mask and scale:
-    error, work and keep float32 [3, B, BLOCK, N]. One for each kind of block."""
+    """Of a block's work, factor and stop (the sparse part goes on behind it) or, to round to FP8,
+    mask: error, work and keep float32 [3, B, BLOCK, N]. One for each kind of block."""
 
-    def run(work, factor, first, scale=None):
+    def run(work, factor, given):
         work = work.clone()
         keep = torch.ones_like(work, dtype=torch.bool)
-        mask, stop = (first, None) if masked else (None, first)
-        rules = _Rules(stop, 0, 0 if masked else BLOCK, coupled, False, mask, scale)
+        mask, stop = (given, None) if masked else (None, given)
+        rules = _Rules(stop, 0, 0 if masked else BLOCK, coupled, False, mask, masked)
         error = _sweep_block(work, keep, factor, 0, rules)
         return torch.stack([error, work, keep.float()])
 
@@ -138,61 +147,112 @@ def _block_graph(shape: tuple[int, ...], masked: bool, coupled: bool, device: to
 
 
 def _sweep_block(work: Tensor, keep: Tensor, factor: Tensor, first: int, rules: _Rules) -> Tensor:
-    """Sweep the columns [first, first + size) in place; returns their errors [B, size, N]."""
+    """Sweep the columns [first, first + size) in place; returns their errors [B, size, N].
+
+    Few kernels a group: their launches are what a sweep of few rows takes on a GPU.
+    """
+    if rules.mask is not None:
+        keep.copy_(rules.mask[:, first : first + work.shape[1]])
+        return _replace_columns(work, keep, factor, rules.fp8)
+    if rules.fp8 or rules.ragged or work.shape[1] % 4:
+        return _choose_by_group(work, keep, factor, first, rules)
+    return _drop_pairs(work, keep, factor, first, rules)
+
+
+def _drop_pairs(work: Tensor, keep: Tensor, factor: Tensor, first: int, rules: _Rules) -> Tensor:
+    """Whole groups of four, each without its cheapest pair; rows in their dense part keep all."""
     size = work.shape[1]
     error = torch.zeros_like(work)
-    costs = None
+    batch, _, n = work.shape
+    forms = _forms(factor, rules.coupled)
+    ends = first + torch.arange(4, size + 4, 4, device=work.device)
+    dense = rules.stop < ends[:, None]  # [B, groups, N]
+    none = len(PAIRS)
+    choice = torch.full((batch, size // 4, n), none, device=work.device)
+    for a in range(0, size, 4):
+        b, index = a + 4, a // 4
+        if not rules.low <= first + a < rules.high:
+            continue
+        formed = torch.bmm(forms[:, index], work[:, a:b])
+        chosen = choice[:, index]
+        chosen.copy_(cheapest_pair(formed)).masked_fill_(dense[:, index], none)
+        errors = formed[:, 12:].unflatten(1, (none + 1, 4))
+        place = chosen[:, None, None].expand(batch, 1, 4, n)
+        error[:, a:b] = errors.gather(1, place)[:, 0]
+        spread = factor[:, a:b, a:].transpose(1, 2)
+        work[:, a:].baddbmm_(spread, error[:, a:b], alpha=-1)
+    keep.copy_(kept_places(work.device)[choice].transpose(2, 3).flatten(1, 2))
+    work *= keep  # what was dropped is zero up to rounding
+    return error
+
+
+def _forms(factor: Tensor, coupled: bool) -> Tensor:
+    """[B, groups, 40, 4] of all whole groups of a block."""
+    whole = factor.shape[-1] // 4
+    index = torch.arange(4 * whole, device=factor.device).view(whole, 4)
+    return drop_forms(factor[:, index[:, :, None], index[:, None, :]], coupled)
+
+
+def _replace_columns(work: Tensor, keep: Tensor, factor: Tensor, fp8: bool) -> Tensor:
+    """Cut every column by `keep` and round it; the columns behind make up for it."""
+    size = work.shape[1]
+    diagonal = factor.diagonal(dim1=1, dim2=2)[..., None]
+    spread = (factor / diagonal).transpose(1, 2)  # of differences that are not divided by U_jj
+    difference, result = torch.empty_like(work), torch.empty_like(work)
+    limit = keep * FP8_MAX
+    low = -limit
     for a in range(0, size, 4):
         b = min(a + 4, size)
-        group, place = work[:, a:b], first + a
+        for c in range(a, b):
+            current = work[:, c]
+            if fp8:
+                kept = torch.clamp(current, low[:, c], limit[:, c]).to(torch.float8_e4m3fn)
+                result[:, c].copy_(kept)
+            else:
+                torch.mul(current, keep[:, c], out=result[:, c])
+            torch.sub(current, result[:, c], out=difference[:, c])
+            if c + 1 < b:
+                step = difference[:, c, None]
+                work[:, c + 1 : b].addcmul_(spread[:, c + 1 : b, c, None], step, value=-1)
+        if b < size:
+            work[:, b:].baddbmm_(spread[:, b:, a:b], difference[:, a:b], alpha=-1)
+    work.copy_(result)
+    return difference.div_(diagonal)
+
+
+def _choose_by_group(
+    work: Tensor, keep: Tensor, factor: Tensor, first: int, rules: _Rules
+) -> Tensor:
+    """Group by group where one is short, a dense part begins inside one, or FP8 comes with it."""
+    size = work.shape[1]
+    error = torch.zeros_like(work)
+    forms = _forms(factor, rules.coupled)
+    for a in range(0, size, 4):
+        b, place = min(a + 4, size), first + a
         touched = rules.low <= place < rules.high
-        if rules.mask is not None:
-            keep[:, a:b] = rules.mask[:, place : place + b - a]
-        elif touched:
-            if costs is None:
-                costs = _block_costs(factor, rules.coupled)
-            keep[:, a:b] = _choose(group, factor[:, a:b, a:b], costs, a // 4, place, rules)
-        elif rules.scale is None:
+        if not (touched or rules.fp8):
             continue
-        _sweep_group(group, keep[:, a:b], factor[:, a:b, a:b], error[:, a:b], rules.scale)
+        group, own = work[:, a:b], factor[:, a:b, a:b]
+        if touched:
+            form = forms[:, a // 4] if b == a + 4 else None
+            keep[:, a:b] = _choose(group, own, form, rules.stop - place, rules.ragged)
+        error[:, a:b] = _replace_columns(group, keep[:, a:b], own, rules.fp8)
         if b < size:
             spread = factor[:, a:b, b:].transpose(1, 2)
             work[:, b:].baddbmm_(spread, error[:, a:b], alpha=-1)
     return error
 
 
-def _block_costs(factor: Tensor, coupled: bool) -> Tensor:
-    """[B, groups, 6, 10] of all whole groups of a block."""
-    whole = factor.shape[-1] // 4
-    index = torch.arange(4 * whole, device=factor.device).view(whole, 4)
-    return drop_costs(factor[:, index[:, :, None], index[:, None, :]], coupled)
-
-
-def _choose(group, factor, costs, index: int, place: int, rules: _Rules) -> Tensor:
-    """Mask of one group; rows whose dense part has begun keep everything."""
-    size = group.shape[1]
-    room = rules.stop - place  # sparse columns of this group, a row
-    if size == 4:
-        keep = choose_pair(group, costs[:, index]) | (room < 4)
-    else:
-        keep = torch.ones_like(group, dtype=torch.bool)
-    if rules.ragged and size >= 3:
+def _choose(group: Tensor, factor: Tensor, form: Tensor | None, room: Tensor, ragged: bool):
+    """Mask of one group with `room` [B, 1, N] sparse columns a row, which keep all when short."""
+    keep = torch.ones_like(group, dtype=torch.bool)
+    if form is not None:
+        pair = cheapest_pair(torch.bmm(form, group))
+        keep = kept_places(group.device)[pair].transpose(1, 2) | (room < 4)
+    if ragged and group.shape[1] >= 3:
         single = choose_single(group[:, :3], factor[:, :3, :3])
         keep[:, :3] = torch.where(room == 3, single, keep[:, :3])
     return keep
-
-
-def _sweep_group(group, keep, factor, error, scale) -> None:
-    for c in range(group.shape[1]):
-        current = group[:, c]
-        target = current * keep[:, c]
-        if scale is not None:
-            target = round_to_fp8(target, scale)
-        step = (current - target) / factor[:, c, c, None]
-        error[:, c] = step
-        if c + 1 < group.shape[1]:
-            group[:, c + 1 :] -= factor[:, c, c + 1 :, None] * step[:, None]
-        group[:, c] = target
 
 
 def round_to_fp8(values: Tensor, scale: Tensor) -> Tensor:

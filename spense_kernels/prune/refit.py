@@ -9,13 +9,67 @@ the dense columns are the strongest ones: 5 steps then do what 100 do on the who
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from spense_kernels.prune.blocks import blocks
+from spense_kernels.prune.blocks import Block, blocks
 from spense_kernels.prune.hessian import cholesky
 
+DAMPING = 1e-4  # of H in refit and mask search
 ROWS = 512  # rows in work at a time on the CPU, so that their five matrices stay in cache
+
+
+@dataclass
+class Part:
+    """Rows with the same first dense column, and what is left of H for their sparse columns.
+
+    Attributes:
+        block: the rows.
+        reduced: float32 [b, S, S] Schur complement of H, of the matrices that have such rows.
+        back: H_dd^-1 H_ds float32 [b, K - S, S]; None without dense columns.
+    """
+
+    block: Block
+    reduced: Tensor
+    back: Tensor | None
+
+    def refitted(self, weight: Tensor, target: Tensor, mask: Tensor, steps: int) -> Tensor:
+        """[b, R, K] refitted, of the rows that `block.take` gives; 0 steps change nothing."""
+        start = self.block.start
+        if steps == 0:
+            return weight
+        if start == 0:
+            return target
+        sparse, dense = slice(0, start), slice(start, None)
+        out = torch.empty_like(weight)
+        size = weight.shape[1] if weight.is_cuda else ROWS
+        for a in range(0, weight.shape[1], size):
+            rows = slice(a, a + size)
+            given = weight[:, rows, sparse], target[:, rows, sparse], mask[:, rows, sparse]
+            out[:, rows, sparse] = _conjugate_gradients(*given, self.reduced, steps)
+        if self.back is not None:
+            delta = out[:, :, sparse] - target[:, :, sparse]
+            out[:, :, dense] = target[:, :, dense] - delta @ self.back.transpose(1, 2)
+        return out
+
+
+def eliminated(hessian: Tensor, dense_start: Tensor, damping: float = DAMPING) -> Iterator[Part]:
+    """One part after another: large H leave no room for several.
+
+    Args:
+        hessian: float32 [B, K, K] without damping.
+        dense_start: int64 [B, N] first dense column of every row.
+        damping: added to diag(H), relative to its mean over live inputs.
+    """
+    full = ridged(hessian, damping)
+    for block in blocks(dense_start):
+        if block.start == 0:
+            yield Part(block, full[:, :0, :0], None)
+        else:
+            yield Part(block, *schur_complement(block.of(full), block.start))
 
 
 def refit(
@@ -25,7 +79,7 @@ def refit(
     hessian: Tensor,
     steps: int,
     dense_start: Tensor | int | None = None,
-    damping: float = 1e-4,
+    damping: float = DAMPING,
 ) -> Tensor:
     """Minimise tr((V - target) H (V - target)^T) over V with V = 0 off the mask.
 
@@ -46,32 +100,12 @@ def refit(
     """
     if steps == 0:
         return weight
-    full = ridged(hessian, damping)
     k, n = hessian.shape[-1], weight.shape[1]
     starts = torch.as_tensor(k if dense_start is None else dense_start, device=weight.device)
-    starts = starts.expand(weight.shape[0], n)
     out = weight.clone()
-    for block in blocks(starts):
-        problem = block.take(weight), block.take(target), block.take(mask)
-        block.put(out, _refit_block(*problem, block.of(full), steps, block.start))
-    return out
-
-
-def _refit_block(weight, target, mask, hessian, steps: int, start: int) -> Tensor:
-    """Rows whose first `start` columns are sparse."""
-    if start == 0:
-        return target
-    sparse, dense = slice(0, start), slice(start, None)
-    reduced, back = schur_complement(hessian, start)
-    out = torch.empty_like(weight)
-    size = weight.shape[1] if weight.is_cuda else ROWS
-    for a in range(0, weight.shape[1], size):
-        rows = slice(a, a + size)
-        part = weight[:, rows, sparse], target[:, rows, sparse], mask[:, rows, sparse]
-        out[:, rows, sparse] = _conjugate_gradients(*part, reduced, steps)
-    if back is not None:
-        delta = out[:, :, sparse] - target[:, :, sparse]
-        out[:, :, dense] = target[:, :, dense] - delta @ back.transpose(1, 2)
+    for part in eliminated(hessian, starts.expand(weight.shape[0], n), damping):
+        rows = [part.block.take(values) for values in (weight, target, mask)]
+        part.block.put(out, part.refitted(*rows, steps))
     return out
 
 
@@ -93,15 +127,18 @@ def _conjugate_gradients(weight, target, mask, hessian, steps: int) -> Tensor:
     residual = torch.matmul(target - value, hessian).mul_(keep)
     direction = residual * inverse
     energy = _dot(residual, direction)
+    # Residuals below rounding say nothing more, and steps along them would grow without bound.
+    floor = energy * torch.finfo(torch.float32).eps ** 2
     for _ in range(steps):
         image = torch.matmul(direction, hessian).mul_(keep)
         curvature = _dot(direction, image)
-        step = torch.where(curvature > 0, energy / curvature, 0.0)
+        live = energy > floor
+        step = torch.where(live & (curvature > 0), energy / curvature, 0.0)
         value.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
         preconditioned = residual * inverse
         new = _dot(residual, preconditioned)
-        direction.mul_(torch.where(energy > 0, new / energy, 0.0)).add_(preconditioned)
+        direction = torch.addcmul(preconditioned, torch.where(live, new / energy, 0.0), direction)
         energy = new
     return value
 
