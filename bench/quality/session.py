@@ -78,14 +78,14 @@ class Session:
         if key not in self._statistics:
             self._statistics.clear()
             begin = time.monotonic()
-            batch = 4 if self.device == "cpu" else 16
             found = collect_statistics(
-                self.model, self.calibration(seed, count), config, device=self.device, batch=batch
+                self.model, self.calibration(seed, count), config, device=self.device
             )
             for layer in found.layers:
                 layer.hessians = {k: h.to(self.device) for k, h in layer.hessians.items()}
             self._statistics[key] = found
-            print(f"  statistics {time.monotonic() - begin:.1f} s", flush=True)
+            taken = time.monotonic() - begin
+            print(f"  statistics {taken:.1f} s: {_listed(found.seconds)}", flush=True)
         return self._statistics[key]
 
     def prune(self, name: str, config: PruneConfig, seed: int, count: int | None = None):
@@ -111,6 +111,8 @@ class Session:
             "calibration_seed": seed,
             "config": config.to_json(),
         }
+        row["phase_seconds"] = {name: round(s, 2) for name, s in report.phases.items()}
+        print(f"  prune {row['prune_seconds']} s: {_listed(report.phases)}", flush=True)
         target.to(self.device)
         self.keep(name, row, target)
         return row, target
@@ -135,6 +137,11 @@ class Session:
             self.keep("dense", {}, self.model)
         if "sparsegpt 2:4" not in self.results["rows"]:
             self.prune("sparsegpt 2:4", PruneConfig.sparsegpt(), 0)
+
+
+def _listed(seconds: dict[str, float]) -> str:
+    """Phases, the longest first."""
+    return ", ".join(f"{n} {s:.1f}" for n, s in sorted(seconds.items(), key=lambda x: -x[1]))
 
 
 def open_session(options, status: str | None = None) -> Session:

@@ -17,6 +17,7 @@ from spense_kernels.prune.refit import DAMPING, Part, eliminated
 
 FIRST_PULL, LAST_PULL = 0.3, 2.0  # over the diagonal of H scaled to 1
 NEWTON_GROWTH = 1.5  # of the pull: at most 0.5^16 of an inverse is lost in four steps of Newton's
+NEWTON_COLUMNS = 2048  # of the largest matrix that, alone, is not factorised faster on a GPU
 PULL_STEPS = 5  # steps between two pulls; each new one costs an inverse
 ROWS = 512  # rows in work at a time on the CPU
 
@@ -106,7 +107,8 @@ def _inverse(scaled: Tensor, pull: float, before: Tensor | None) -> Tensor:
     """
     eye = torch.eye(scaled.shape[-1], device=scaled.device)
     shifted = scaled + pull * eye
-    if before is None or not scaled.is_cuda:
+    single = len(scaled) == 1 and scaled.shape[-1] > NEWTON_COLUMNS
+    if before is None or not scaled.is_cuda or single:
         return torch.cholesky_inverse(cholesky(shifted))
     return newton_inverse(shifted, before)
 

@@ -18,6 +18,8 @@ from spense_kernels.errors import PruneError
 from spense_kernels.prune.groups import Group, GroupProbe, decoder_layers, outside_modules
 from spense_kernels.prune.hessian import accumulate, check_finite, symmetrize, token_weights
 
+_GPU_TOKENS = 1 << 14  # of a forward pass
+
 
 class Stop(Exception):
     """Ends a forward pass that has shown what was wanted."""
@@ -31,6 +33,15 @@ def check_calibration(calibration: Tensor) -> None:
         if isinstance(got, Tensor):
             got = f"{got.dtype} {list(got.shape)}"
         raise PruneError(f"prune: calibration must be int64 [S >= 1, L >= 2] token ids, got {got}")
+
+
+def batch_size(calibration: Tensor, device) -> int:
+    """Sequences of [S, L] in a forward pass.
+
+    On a GPU the launches of a short pass take longer than what they launch.
+    """
+    short = torch.device(device).type != "cuda"
+    return 4 if short else max(4, _GPU_TOKENS // calibration.shape[1])
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spense_kernels.prune.admm import search_part
 from spense_kernels.prune.blocks import stacked
+from spense_kernels.prune.clock import phase
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.hessian import damped_factors, permuted
 from spense_kernels.prune.mask import top2_mask
@@ -63,7 +64,8 @@ def compress(
     else:
         for job in active:
             _mask_only(job, config)
-    return [_finish(job, config) for job in jobs]
+    with phase("losses"):
+        return [_finish(job, config) for job in jobs]
 
 
 def column_orders(
@@ -116,7 +118,8 @@ def _ordered(
         if not job.done and job.problem.k_perm is None
     ]
     if free:
-        _order([job for job, _ in free], [generator for _, generator in free], config)
+        with phase("order search"):
+            _order([job for job, _ in free], [generator for _, generator in free], config)
     for job in active:
         if job.problem.k_perm is not None:
             job.k_perm = job.problem.k_perm.to(job.dense.device)
@@ -191,20 +194,23 @@ def _sweep_pieces(jobs, pieces, orders, starts, first: int, config: PruneConfig)
     """Rows of several jobs, alike in number."""
     hessian = stacked([permuted(piece.hessian, orders[piece.index]) for piece in pieces])
     names = [jobs[piece.index].problem.name for piece in pieces]
-    factor, dampings = damped_factors(hessian, config.damping, names)
+    with phase("factors"):
+        factor, dampings = damped_factors(hessian, config.damping, names)
     for piece, damping in zip(pieces, dampings, strict=True):
         jobs[piece.index].damping = max(jobs[piece.index].damping, damping)
     start = torch.stack([starts[p.index][p.rows] for p in pieces])
     target = torch.stack([jobs[p.index].dense[p.rows][:, orders[p.index]] for p in pieces])
-    swept = sweep(target, factor, start, sparse_start=first, coupled=config.mask == "pair")
+    with phase("sweep"):
+        swept = sweep(target, factor, start, sparse_start=first, coupled=config.mask == "pair")
     weight, mask = _fit(swept.weight, target, swept.mask, hessian, start, config)
     scale = None
     if config.fp8:
         scale = weight_scale(weight)
-        if config.fp8_feedback:
-            weight = sweep(weight, factor, start, mask=mask, scale=scale).weight
-        else:
-            weight = round_to_fp8(weight, scale[..., None])
+        with phase("fp8"):
+            if config.fp8_feedback:
+                weight = sweep(weight, factor, start, mask=mask, scale=scale).weight
+            else:
+                weight = round_to_fp8(weight, scale[..., None])
     for i, piece in enumerate(pieces):
         job = jobs[piece.index]
         job.pruned[piece.rows] = _restore(weight[i], orders[piece.index])
@@ -230,11 +236,14 @@ def _fit(
 def _fit_part(part: Part, weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, config):
     """`_fit` of the rows [b, R, K] of one part."""
     steps = config.refit_steps
-    fitted = part.refitted(weight, target, mask, steps)
+    with phase("refit"):
+        fitted = part.refitted(weight, target, mask, steps)
     if not config.admm_steps:
         return fitted, mask
-    other, other_mask = search_part(part, weight, target, mask, config.admm_steps)
-    other = part.refitted(other, target, other_mask, steps)
+    with phase("mask search"):
+        other, other_mask = search_part(part, weight, target, mask, config.admm_steps)
+    with phase("refit"):
+        other = part.refitted(other, target, other_mask, steps)
     own = part.block.of(hessian)
     better = row_losses(other - target, own) < row_losses(fitted - target, own)
     better = better[..., None]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from spense_kernels import ops
 from spense_kernels.linear import rows_of
 from spense_kernels.prune.calibrate import LayerWalk, Stop
+from spense_kernels.prune.clock import phase
 from spense_kernels.prune.compress import compress
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.hessian import (
@@ -88,7 +89,7 @@ class Corrector:
         Their errors are against their own target W', under their own H. Raises PruneError for NaN
         or Inf in an input and for an H that no damping repairs.
         """
-        with self.dense.on_device(index):
+        with phase("dense model"), self.dense.on_device(index):
             seen = self._see(index, tasks)
         found: dict[str, PrunedModule] = {}
         with self.pruned.on_device(index) as layer:
@@ -99,7 +100,8 @@ class Corrector:
                 done.finish(compress([problem], self.config, seeds)[0])
                 stand_in(layer, done.result)
                 found.update(done.result)
-            self.pruned.forward(index)
+            with phase("pruned model"):
+                self.pruned.forward(index)
         self.pruned.layers[index] = nn.Identity()
         return found
 
@@ -137,20 +139,27 @@ class Corrector:
 
     def _problem(self, index: int, task: Task, seen: _Seen):
         """The task's problem with W' for W and the H that goes with it."""
-        config, problem = self.config, task.problem
-        hessians, shifts = self._moments(index, task, seen)
+        problem = task.problem
+        with phase("moments"):
+            hessians, shifts = self._moments(index, task, seen)
         one = len(hessians) == 1
-        targets = []
-        for i, weight in enumerate(problem.weights):
-            if i == 0 or not one:
-                hessian, shift = hessians[i], shifts[i]
-                check_finite(hessian, problem.name)
-                _, factor, _ = damped_factor(hessian, config.damping, problem.name)
-            weight = weight.float()
-            targets.append(weight + weight @ shift @ factor.T @ factor)
+        with phase("targets"):
+            targets = self._targets(problem, hessians, shifts)
         return dataclasses.replace(
             problem, weights=targets, hessian=hessians[0] if one else hessians
         )
+
+    def _targets(self, problem, hessians: list[Tensor], shifts: list[Tensor]) -> list[Tensor]:
+        """W' float32 [N_i, K] of every module."""
+        found = []
+        for i, weight in enumerate(problem.weights):
+            if i < len(hessians):
+                check_finite(hessians[i], problem.name)
+                _, factor, _ = damped_factor(hessians[i], self.config.damping, problem.name)
+                shift = shifts[i]
+            weight = weight.float()
+            found.append(weight + weight @ shift @ factor.T @ factor)
+        return found
 
     def _moments(self, index: int, task: Task, seen: _Seen) -> tuple[list[Tensor], list[Tensor]]:
         """H and D, one for all modules of the group or one each.

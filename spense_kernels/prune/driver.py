@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError
-from spense_kernels.prune.calibrate import LayerWalk, check_calibration
+from spense_kernels.prune.calibrate import LayerWalk, batch_size, check_calibration
+from spense_kernels.prune.clock import Clock, phase
 from spense_kernels.prune.compress import column_orders, compress
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.correct import Corrector
@@ -51,7 +52,7 @@ def prune_model(
     progress=None,
     work_dir=None,
     device="cpu",
-    batch: int = 4,
+    batch: int | None = None,
     layers_at_once: int = 1,
     on_layer: LayerCallback = install,
 ) -> PruneReport:
@@ -69,7 +70,7 @@ def prune_model(
         work_dir: folder for finished layers. A second call with the same model, calibration and
             settings goes on from there; None keeps nothing.
         device: where the layer in work computes; the model stays where it is.
-        batch: sequences a forward pass.
+        batch: sequences a forward pass; None for what suits the device (see `batch_size`).
         layers_at_once: layers pruned together when statistics are given; more fill a GPU, need
             memory in proportion, and are lost together in a kill.
         on_layer: what to do with the pruned projections of a layer.
@@ -81,7 +82,8 @@ def prune_model(
     config = config or PruneConfig()
     run = _Run(model, calibration, config, statistics, progress, work_dir, device, batch)
     run.at_once = 1 if statistics is None else max(1, layers_at_once)
-    return run.prune(on_layer)
+    with run.clock, phase("other"):
+        return run.prune(on_layer)
 
 
 class _Run:
@@ -94,9 +96,11 @@ class _Run:
         self.streamed: Statistics | None = None
         self.curvature: Curvature | None = None
         self.corrector: Corrector | None = None
-        self.batch, self.at_once = batch, 1
+        self.batch, self.at_once = batch or batch_size(calibration, self.device), 1
         self.prefix, self.layers = decoder_layers(model)
-        self.report = PruneReport(config, calibration=describe_calibration(calibration))
+        self.clock = Clock(self.device)
+        described = describe_calibration(calibration)
+        self.report = PruneReport(config, phases=self.clock.seconds, calibration=described)
         # The model itself stands last for the modules outside the layers that were asked for.
         self.units = [*self.layers, *([model] if config.modules else [])]
         _check_weights(model, self.prefix, config.modules)
@@ -132,14 +136,15 @@ class _Run:
         if self.statistics is None:
             walk = LayerWalk(self.model, self.calibration, self.device, self.batch)
         if self.config.correct and self.config.dense_fraction < 1.0:
-            self.corrector = Corrector(
-                self.model,
-                self.calibration,
-                self.config,
-                self.curvature.gradients,
-                self.device,
-                self.batch,
-            )
+            with phase("embed"):
+                self.corrector = Corrector(
+                    self.model,
+                    self.calibration,
+                    self.config,
+                    self.curvature.gradients,
+                    self.device,
+                    self.batch,
+                )
         self.progress.start("prune", len(self.units))
         for first in range(0, len(self.units), self.at_once):
             chunk = range(first, min(first + self.at_once, len(self.units)))
@@ -159,12 +164,13 @@ class _Run:
                 module = self.units[index]
                 planned = plans is not None and index < len(self.layers)
                 plan = plans[index] if planned else uniform_plan(module, groups, self.config)
-                tasks.append(
-                    layer_tasks(
-                        index, module, groups, hessians, plan, self.curvature, self.name(index),
-                        self.device,
-                    )
-                )  # fmt: skip
+                with phase("hessians"):
+                    tasks.append(
+                        layer_tasks(
+                            index, module, groups, hessians, plan, self.curvature,
+                            self.name(index), self.device,
+                        )
+                    )  # fmt: skip
             else:
                 self.report.notes.append(f"{self.name(index)}: taken from work_dir")
         with self._timed("prune"):
@@ -208,7 +214,8 @@ class _Run:
             replace_weights(layer, modules)
             with walk.on_device(index):
                 walk.forward(index)
-        on_layer(layer, modules)
+        with phase("install"):
+            on_layer(layer, modules)
         self._record(index, modules)
         self.progress.advance()
 
@@ -223,7 +230,7 @@ class _Run:
             with self._timed("calibrate"):
                 return walk.outside(self.model, self.config.modules) if needed else (None, None)
         static = self.config.calibration == "static"
-        with self._timed("calibrate"), walk.on_device(index):
+        with self._timed("calibrate"), phase("statistics"), walk.on_device(index):
             if not needed:
                 if static:
                     walk.forward(index)
@@ -236,14 +243,15 @@ class _Run:
         with self._timed("plan"):
             layers = (self.statistics or self.streamed).layers[: len(self.layers)]
             curves = self._curves([layer.groups for layer in layers])
-            return staircase_plans(
-                list(self.layers),
-                [layer.groups for layer in layers],
-                curves,
-                self.curvature.gradients.sensitivity,
-                [self.name(i) for i in range(len(self.layers))],
-                self.config,
-            )
+            with phase("widths"):
+                return staircase_plans(
+                    list(self.layers),
+                    [layer.groups for layer in layers],
+                    curves,
+                    self.curvature.gradients.sensitivity,
+                    [self.name(i) for i in range(len(self.layers))],
+                    self.config,
+                )
 
     def _curves(self, groups: list[list[Group]]) -> list[dict]:
         """Row losses of every layer, from the statistics, the store, or made and kept in both."""
@@ -268,14 +276,15 @@ class _Run:
                         hessians = [walk.hessians(first, groups[first], weighting)]
                     else:
                         hessians = walk.forward(first) or []
-            made = layer_curves(
-                [self.layers[index] for index in missing],
-                [groups[index] for index in missing],
-                hessians,
-                self.curvature,
-                self.device,
-                [self.name(index) for index in missing],
-            )
+            with phase("row losses"):
+                made = layer_curves(
+                    [self.layers[index] for index in missing],
+                    [groups[index] for index in missing],
+                    hessians,
+                    self.curvature,
+                    self.device,
+                    [self.name(index) for index in missing],
+                )
             for index, curve in zip(missing, made, strict=True):
                 self.store.put(f"curves_{index:04d}", curve)
                 found[index] = curve
@@ -291,7 +300,7 @@ class _Run:
         if self.config.needs_gradients and self.statistics is not None:
             gradients = self.statistics.gradients
         elif self.config.needs_gradients:
-            with self._timed("sensitivity"):
+            with self._timed("sensitivity"), phase("sensitivity"):
                 gradients = self._streamed_gradients()
         return Curvature(gradients, self.calibration.numel(), self.config)
 

@@ -50,6 +50,7 @@ class PruneReport:
         modules: one entry per pruned projection, in model order.
         notes: repairs and warnings in plain words (raised damping, dead inputs, resumed layers).
         seconds: wall-clock time by stage.
+        phases: the same by what is done in them (sweep, refit, ...), each without those inside it.
         calibration: sequences, tokens and a fingerprint of the calibration.
     """
 
@@ -57,6 +58,7 @@ class PruneReport:
     modules: list[ModuleReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
     calibration: dict = field(default_factory=dict)
 
     @property
@@ -87,5 +89,6 @@ class PruneReport:
             "modules": [asdict(m) for m in self.modules],
             "notes": self.notes,
             "seconds": self.seconds,
+            "phases": self.phases,
             "calibration": self.calibration,
         }

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError
-from spense_kernels.prune.calibrate import LayerWalk
+from spense_kernels.prune.calibrate import LayerWalk, batch_size, check_calibration
+from spense_kernels.prune.clock import Clock
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.groups import Group, decoder_layers
 from spense_kernels.prune.sensitivity import Gradients, collect_gradients
@@ -47,6 +48,7 @@ class Statistics:
         token_weighting: setting they were collected with.
         gradients: of one backward pass, or None when it was not asked for.
         calibration: {"sequences", "tokens", "sha256"} of the tokens.
+        seconds: wall-clock time that they took, "statistics" and "sensitivity".
         curves: row losses that a prune has worked out, for the next one at another dense fraction;
             by `PruneConfig.curves_key`, not saved.
     """
@@ -55,6 +57,7 @@ class Statistics:
     token_weighting: str
     gradients: Gradients | None = None
     calibration: dict = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     curves: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)
 
     @property
@@ -102,7 +105,7 @@ def collect_statistics(
     *,
     progress=None,
     device="cpu",
-    batch: int = 4,
+    batch: int | None = None,
 ) -> Statistics:
     """One forward pass of the dense model; Hessians of every group stay on the CPU.
 
@@ -112,14 +115,31 @@ def collect_statistics(
         config: token weighting, names to skip, and whether sensitivity is needed (staircase).
         progress: object with start(stage, total), advance(count), finish(), or None.
         device: where one layer at a time computes.
-        batch: sequences a forward pass.
+        batch: sequences a forward pass; None for what suits the device (see `batch_size`).
 
     Memory: 4 K^2 bytes a group (430 MB for Gemma-3-270m). Models where that is too much should
     let prune_model stream instead.
     """
     config = config or PruneConfig()
     progress = progress or Quiet()
-    walk = LayerWalk(model, calibration, device, batch)
+    check_calibration(calibration)
+    clock = Clock(device)
+    with clock.phase("statistics"):
+        layers = _layers(model, calibration, config, progress, device, batch)
+    statistics = Statistics(
+        layers, config.token_weighting, calibration=describe_calibration(calibration)
+    )
+    if config.needs_gradients:
+        with clock.phase("sensitivity"):
+            add_gradients(statistics, model, calibration, config, progress, device)
+    statistics.seconds = clock.seconds
+    return statistics
+
+
+def _layers(
+    model, calibration: Tensor, config: PruneConfig, progress, device, batch: int | None
+) -> list[LayerStatistics]:
+    walk = LayerWalk(model, calibration, device, batch or batch_size(calibration, device))
     layers = []
     progress.start("calibrate", len(walk.layers))
     for index in range(len(walk.layers)):
@@ -131,12 +151,7 @@ def collect_statistics(
     if config.modules:
         layers.append(LayerStatistics(*walk.outside(model, config.modules)))
     progress.finish()
-    statistics = Statistics(
-        layers, config.token_weighting, calibration=describe_calibration(calibration)
-    )
-    if config.needs_gradients:
-        add_gradients(statistics, model, calibration, config, progress, device)
-    return statistics
+    return layers
 
 
 def add_gradients(
