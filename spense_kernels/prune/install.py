@@ -71,15 +71,15 @@ def install(layer: nn.Module, modules: dict[str, PrunedModule]) -> None:
             replace_weights(layer, {name: pruned})
             continue
         linear = layer.get_submodule(name)
+        device = linear.weight.device  # encoding there takes no time to speak of on a GPU
         weight = HybridWeight.from_dense(
-            pruned.weight,
-            pruned.scale,
+            pruned.weight.to(device),
+            pruned.scale.to(device),
             pruned.split,
-            None if pruned.bias is None else pruned.bias.float(),
+            None if pruned.bias is None else pruned.bias.to(device).float(),
         )
         parent, _, leaf = name.rpartition(".")
-        module = SpenseLinear.from_hybrid(weight).to(linear.weight.device)
-        setattr(layer.get_submodule(parent), leaf, module)
+        setattr(layer.get_submodule(parent), leaf, SpenseLinear.from_hybrid(weight))
 
 
 def shallow_clone(model: nn.Module) -> nn.Module:

@@ -60,47 +60,48 @@ def allocate(tables: list[TileCosts], budget: float) -> list[Tensor]:
 
     Raises PruneError when even the cheapest choice exceeds the budget.
     """
-    least = sum(float(t.weights.min(dim=0).values.sum()) for t in tables)
+    sizes = [table.cost.shape[1] for table in tables]
+    cost, weights = (_side_by_side([getattr(t, n) for t in tables]) for n in ("cost", "weights"))
+    least = float(weights.min(dim=0).values.sum())
     if least > budget * (1 + 1e-9):
         raise PruneError(f"allocate: budget {budget:.0f} is below the least possible {least:.0f}")
     low, high = 0.0, 1.0
-    while _spent(tables, choice := _choose(tables, high)) > budget:
+    while _spent(weights, choice := (cost + high * weights).argmin(dim=0)) > budget:
         high *= 4.0
         if high > 1e300:
             break
     for _ in range(200):
         middle = 0.5 * (low + high)
-        if _spent(tables, candidate := _choose(tables, middle)) <= budget:
+        candidate = (cost + middle * weights).argmin(dim=0)
+        if _spent(weights, candidate) <= budget:
             high, choice = middle, candidate
         else:
             low = middle
-    return _fill(tables, choice, budget - _spent(tables, choice))
+    _fill(cost, weights, choice, budget - _spent(weights, choice))
+    return list(choice.split(sizes))
 
 
-def _choose(tables, multiplier: float) -> list[Tensor]:
-    return [(t.cost + multiplier * t.weights).argmin(dim=0) for t in tables]
+def _side_by_side(tables: list[Tensor]) -> Tensor:
+    """[widths, all tiles]; widths that a matrix does not have are beyond any budget."""
+    most = max(len(table) for table in tables)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(t, (0, 0, 0, most - len(t)), value=torch.inf) for t in tables], dim=1)
 
 
-def _spent(tables, choice) -> float:
-    return sum(
-        float(t.weights.gather(0, c[None]).sum()) for t, c in zip(tables, choice, strict=True)
-    )
+def _spent(weights: Tensor, choice: Tensor) -> float:
+    return float(weights.gather(0, choice[None]).sum())
 
 
-def _fill(tables, choice, left: float) -> list[Tensor]:
-    """Spend the rest: repeatedly the one-tile change that saves most a weight and still fits."""
+def _fill(cost: Tensor, weights: Tensor, choice: Tensor, left: float) -> None:
+    """Spend the rest: repeatedly the one-tile change of `choice`, in place, that saves most a
+    weight and still fits."""
     while True:
-        best = None
-        for i, (table, chosen) in enumerate(zip(tables, choice, strict=True)):
-            extra = table.weights - table.weights.gather(0, chosen[None])
-            saved = table.cost.gather(0, chosen[None]) - table.cost
-            rate = torch.where((extra > 0) & (extra <= left), saved / extra.clamp_min(1), -1.0)
-            top = rate.max()
-            if top > 0 and (best is None or top > best[0]):
-                best = (float(top), i, int(rate.argmax()))
-        if best is None:
-            return choice
-        _, i, flat = best
-        width, tile = divmod(flat, choice[i].shape[0])
-        left -= float(tables[i].weights[width, tile] - tables[i].weights[choice[i][tile], tile])
-        choice[i][tile] = width
+        extra = weights - weights.gather(0, choice[None])
+        saved = cost.gather(0, choice[None]) - cost
+        rate = torch.where((extra > 0) & (extra <= left), saved / extra.clamp_min(1), -1.0)
+        best = int(rate.argmax())
+        width, tile = divmod(best, rate.shape[1])
+        if not float(rate[width, tile]) > 0:
+            return
+        left -= float(extra[width, tile])
+        choice[tile] = width
