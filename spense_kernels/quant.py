@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP8 (float8_e4m3fn) quantisation in plain torch: weights per channel, activations per row."""
+"""FP8 (float8_e4m3fn) in plain torch: weights per channel, activations per row, their product."""
 
 from __future__ import annotations
 
@@ -82,3 +82,44 @@ def quantize_fp8_reference(x: Tensor, gather: Tensor | None = None) -> tuple[Ten
     padded = torch.zeros(m, ceil_div(k, 128) * 128, dtype=torch.uint8, device=x.device)
     padded[:, :k] = rounded
     return padded.view(torch.float8_e4m3fn)[:, :k], scale
+
+
+def fp8_product(
+    x8: Tensor,
+    x_scale: Tensor,
+    w8: Tensor,
+    w_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """What an FP8 linear layer computes, without packing, on any device: [M, N] in `dtype` of
+    (x8 @ w8.T) * x_scale[m] * w_scale[n] + bias[n].
+
+    Args:
+        x8: float8_e4m3fn [M, K].
+        x_scale: float32 [M].
+        w8: float8_e4m3fn [N, K], or the same values in `product_dtype(dtype)`.
+        w_scale: float32 [N].
+        dtype: float32, bfloat16 or float16.
+        bias: float32 [N] or None.
+    """
+    if w8.dtype == torch.float8_e4m3fn and has_fp8_matmul(w8, dtype):
+        y = torch._scaled_mm(
+            x8, w8.T, scale_a=x_scale[:, None], scale_b=w_scale[None], out_dtype=dtype
+        )
+        return y if bias is None else (y + bias).to(dtype)
+    work = product_dtype(dtype)
+    y = (x8.to(work) @ w8.to(work).T).float() * x_scale[:, None] * w_scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What codes are multiplied in: they are exact in bfloat16; sums of theirs overflow float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def has_fp8_matmul(w8: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies FP8 by a weight [N, K] of this shape on its device."""
+    if not w8.is_cuda or dtype != torch.bfloat16 or w8.shape[0] % 16 or w8.shape[1] % 16:
+        return False
+    return torch.cuda.get_device_capability(w8.device) >= (9, 0)

@@ -20,7 +20,7 @@ from spense_kernels.finetune.fuse import Fused
 from spense_kernels.format import HybridWeight, Split
 from spense_kernels.layout import FP8_MAX
 from spense_kernels.linear import SpenseLinear, rows_of
-from spense_kernels.quant import AMAX_FLOOR
+from spense_kernels.quant import AMAX_FLOOR, fp8_product
 
 
 class StudentLinear(nn.Module):
@@ -156,7 +156,7 @@ class _Fp8Linear(torch.autograd.Function):
     def forward(ctx, x, rows, weight, mask, scale):
         w8, w_scale = quantize_weight(weight, scale)
         ctx.save_for_backward(rows.values, w8, w_scale, mask)
-        return _product(rows.codes, rows.scale, w8, w_scale, x.dtype)
+        return fp8_product(rows.codes, rows.scale, w8, w_scale, x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -171,26 +171,11 @@ class _Fp8Linear(torch.autograd.Function):
         return x_grad, None, w_grad, None, None
 
 
-def _product(x8, x_scale, w8, w_scale, dtype) -> Tensor:
-    """(x8 @ w8.T) * x_scale[m] * w_scale[n]; products of FP8 values are exact in bf16."""
-    if x8.is_cuda and dtype == torch.bfloat16 and _has_fp8_matmul(x8, w8):
-        return torch._scaled_mm(
-            x8, w8.T, scale_a=x_scale[:, None], scale_b=w_scale[None], out_dtype=dtype
-        )
-    y = (x8.to(dtype) @ w8.to(dtype).T).float()
-    return (y * x_scale[:, None] * w_scale).to(dtype)
-
-
 def _float_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32, written as such where the library can."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
-
-
-def _has_fp8_matmul(x8: Tensor, w8: Tensor) -> bool:
-    aligned = x8.shape[1] % 16 == 0 and w8.shape[0] % 16 == 0
-    return aligned and torch.cuda.get_device_capability(x8.device) >= (9, 0)
 
 
 def student_layers(model: nn.Module) -> dict[str, StudentLinear]:

@@ -124,7 +124,7 @@ def _steps(cut: Tensor, goal: Tensor, dual: Tensor, inverse: Tensor, pull: float
     """Some steps at one pull; `cut` and `dual` [B, n, K] change in place."""
     solved = goal @ inverse
     for _ in range(count):
-        value = torch.baddbmm(dual + solved, cut - dual, inverse, alpha=pull)
+        value = (dual + solved).baddbmm_(cut - dual, inverse, alpha=pull)
         torch.mul(value, _among_two_largest(value.abs()), out=cut)
         torch.sub(value, cut, out=dual)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import combinations
 
 import torch
@@ -102,16 +103,19 @@ def split_values(columns: Tensor, eight: Tensor) -> Tensor:
 def _values_at_once(columns: Tensor, eight: Tensor) -> Tensor:
     """All 70 groups in a few kernels."""
     data = columns[eight.T]  # [8, P, N]
-    pair = torch.tensor(_PAIR, device=columns.device)
+    pair, quads = _places(columns.device)
     left, right = data[pair[:, 0]], data[pair[:, 1]]
     larger, total = torch.maximum(left, right), left + right
-    quads = torch.tensor(
-        [[_PAIR_INDEX[q[0], q[1]], _PAIR_INDEX[q[2], q[3]]] for both in _QUADS for q in both],
-        device=columns.device,
-    )
     across = larger[quads[:, 0]] + larger[quads[:, 1]]
     inside = torch.maximum(total[quads[:, 0]], total[quads[:, 1]])
     return torch.maximum(across, inside).sum(dim=-1).unflatten(0, (-1, 2)).sum(dim=1)
+
+
+@functools.cache
+def _places(device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64 [28, 2] of `_PAIR`, and [70, 2] of the two pairs in each group of `_QUADS`."""
+    quads = [[_PAIR_INDEX[q[0], q[1]], _PAIR_INDEX[q[2], q[3]]] for both in _QUADS for q in both]
+    return torch.tensor(_PAIR, device=device), torch.tensor(quads, device=device)
 
 
 def _values_one_by_one(columns: Tensor, eight: Tensor) -> Tensor:

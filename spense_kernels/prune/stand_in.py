@@ -8,20 +8,22 @@ from torch import Tensor, nn
 
 from spense_kernels import ops
 from spense_kernels.linear import rows_of
-from spense_kernels.prune.install import PrunedModule, fp8_values, replace_weights
+from spense_kernels.prune.install import PrunedModule, replace_weights
+from spense_kernels.quant import fp8_product, has_fp8_matmul, product_dtype
 
 
 class Fp8Linear(nn.Module):
     """What a SpenseLinear of this weight computes, up to rounding, by an ordinary product.
 
-    Needs no packing, so it is quick to make. Codes are exact in bfloat16.
+    Needs no packing, so it is quick to make.
     """
 
     def __init__(self, pruned: PrunedModule, dtype: torch.dtype, device):
         super().__init__()
-        # Products of codes overflow float16.
-        dtype = torch.float32 if dtype == torch.float16 else dtype
-        self.register_buffer("codes", fp8_values(pruned.weight.to(device)).to(dtype))
+        codes = pruned.weight.to(device).view(torch.float8_e4m3fn)
+        if not has_fp8_matmul(codes, dtype):
+            codes = codes.to(product_dtype(dtype))
+        self.register_buffer("codes", codes)
         self.register_buffer("scale", pruned.scale.to(device))
         bias = None if pruned.bias is None else pruned.bias.to(device).float()
         self.register_buffer("bias", bias)
@@ -29,9 +31,8 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""
         codes, scale = ops.quantize_fp8(rows_of(x))
-        y = (codes.to(self.codes.dtype) @ self.codes.T).float() * scale[:, None] * self.scale
-        y = y if self.bias is None else y + self.bias
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        y = fp8_product(codes, scale, self.codes, self.scale, x.dtype, self.bias)
+        return y.view(*x.shape[:-1], -1)
 
 
 def stand_in(layer: nn.Module, modules: dict[str, PrunedModule]) -> None:
