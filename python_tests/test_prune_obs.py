@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from spense_kernels.errors import PruneError
+from spense_kernels.prune import hessian as hessians
 from spense_kernels.prune import obs
 from spense_kernels.prune.hessian import (
     accumulate,
+    add_product,
     damp,
     damped_factor,
     dead_inputs,
@@ -57,6 +59,21 @@ def test_accumulate_is_the_weighted_second_moment():
     bound = 50 * 2**-23 * float(x.abs().max() ** 2)  # 50 terms, each rounded once or twice
     assert (hessian.double() - expected).abs().max() <= bound
     assert torch.equal(hessian, hessian.T)
+
+
+def test_products_in_parts_are_the_whole(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(60, n, generator=generator) for n in (5, 9))
+    wanted = 1.0 + a.double().T @ b.double()
+    seen = []
+    for parts in (1, 4):
+        out = torch.ones(7, 12)  # a view of something larger
+        monkeypatch.setattr(hessians, "_parts", lambda *given, n=parts: seen.append(given) or n)
+        add_product(out[1:6, 2:11], a, b)
+        torch.testing.assert_close(out[1:6, 2:11].double(), wanted, rtol=1e-5, atol=1e-5)
+        out[1:6, 2:11] = 1.0
+        assert out.eq(1.0).all()
+    assert [tokens for _, tokens in seen] == [60, 60]
 
 
 def test_token_weights_of_a_zero_row():

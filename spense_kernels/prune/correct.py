@@ -25,6 +25,7 @@ from spense_kernels.prune.compress import compress
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.hessian import (
     accumulate,
+    add_product,
     check_finite,
     damped_factor,
     shrunk,
@@ -218,7 +219,7 @@ class Corrector:
                 for i, weight in enumerate(weights):
                     weight = weight[place : place + len(x_p)]
                     accumulate(sums[0, i], x_p, weight)
-                    sums[1, i].addmm_(delta.T, x_p * weight[:, None])
+                    add_product(sums[1, i], delta, x_p * weight[:, None])
                 firsts.append((x_d[::length], x_p[::length]))
                 place += len(x_p)
         finally:

@@ -12,6 +12,8 @@ from torch import Tensor
 from spense_kernels.errors import PruneError
 
 _BATCHED = 1024  # columns of the largest H that are factorised several at a time
+_GPU_BLOCK = 2048  # the same on a GPU, which smaller products do not fill
+_TILE, _PROCESSORS = 128, 132  # what one multiprocessor works on, and how many a large GPU has
 _BLOCK = 512  # columns of a block of H: only blocks on or above the diagonal are multiplied
 
 
@@ -26,9 +28,32 @@ def accumulate(hessian: Tensor, x: Tensor, weight: Tensor | None = None) -> None
     x = x.float()
     weighted = x if weight is None else x * weight[:, None]
     k = x.shape[1]
-    for a in range(0, k, _BLOCK):
-        b = min(a + _BLOCK, k)
-        hessian[a:b, a:].addmm_(weighted[:, a:b].T, x[:, a:])
+    block = _GPU_BLOCK if x.is_cuda else _BLOCK
+    for a in range(0, k, block):
+        b = min(a + block, k)
+        add_product(hessian[a:b, a:], weighted[:, a:b], x[:, a:])
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a^T b of a [T, M] and b [T, N] to `out` [M, N], in place; all float32.
+
+    Where the product is too small to fill a GPU, parts of T are multiplied side by side.
+    """
+    parts = _parts(out, len(a))
+    if parts == 1:
+        out.addmm_(a.T, b)
+        return
+    a, b = (value.unflatten(0, (parts, -1)) for value in (a, b))
+    out += torch.bmm(a.transpose(1, 2), b).sum(dim=0)
+
+
+def _parts(out: Tensor, tokens: int) -> int:
+    """How many equal parts of the tokens to multiply side by side, of at least 1024 each."""
+    if not out.is_cuda:
+        return 1
+    tiles = -(-out.shape[0] // _TILE) * -(-out.shape[1] // _TILE)
+    most = min(_PROCESSORS // tiles, tokens // 1024)
+    return max((parts for parts in range(1, most + 1) if tokens % parts == 0), default=1)
 
 
 def symmetrize(hessian: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError
 from spense_kernels.evaluate import logits_of
-from spense_kernels.prune.calibrate import LayerWalk, overridden
+from spense_kernels.prune.calibrate import LayerWalk, batch_size, overridden
 from spense_kernels.prune.groups import Group
 from spense_kernels.prune.hessian import accumulate, symmetrize, token_weights
 
@@ -72,7 +72,7 @@ def collect_gradients(
         calibration: int64 [S, L]; about 16 sequences are enough without `hessians`.
         groups: the groups of every decoder layer.
         stride: the loss takes every stride-th position (the head is a large share of the cost).
-        batch: sequences a pass.
+        batch: sequences whose gradients are cut together, see CLIP.
         hessians: also accumulate gradient-weighted Hessians.
         power: of a token's mean squared gradient in its weight there.
         labels: next tokens of the loss: "model" draws them from the model's own predictions (the
@@ -80,7 +80,9 @@ def collect_gradients(
         seed: of the drawing.
         advance: called after each layer.
     """
-    walk = LayerWalk(model, calibration, device, batch)
+    # Passes of several batches at once, where that takes less time.
+    size = batch * max(1, batch_size(calibration, device) // batch)
+    walk = LayerWalk(model, calibration, device, size)
     generator = None
     if labels == "model":
         generator = torch.Generator(device=walk.hidden[0].device).manual_seed(seed)
@@ -91,12 +93,12 @@ def collect_gradients(
             walk.forward(index)
     grads = [
         _head_gradient(model, walk, ids, hidden, stride, generator)
-        for ids, hidden in zip(calibration.split(batch), walk.hidden, strict=True)
+        for ids, hidden in zip(calibration.split(size), walk.hidden, strict=True)
     ]
     found = Gradients(tokens=calibration.numel())
     for index in reversed(range(len(walk.layers))):
         with walk.on_device(index) as layer:
-            taps = _Taps(layer, groups[index], power if hessians else None)
+            taps = _Taps(layer, groups[index], batch, power if hessians else None)
             for i, hidden in enumerate(inputs[index]):
                 grads[i] = _layer_gradient(walk, index, hidden, grads[i])
             taps.finish(found, walk.name(index))
@@ -120,7 +122,8 @@ class _Sums:
 class _Taps:
     """Sums over the gradients at the outputs of the projections of one layer."""
 
-    def __init__(self, layer: nn.Module, groups: list[Group], power: float | None):
+    def __init__(self, layer: nn.Module, groups: list[Group], batch: int, power: float | None):
+        self._batch = batch
         self._sums: dict[str, _Sums] = {}
         self._handles = []
         for group in groups:
@@ -159,7 +162,7 @@ class _Taps:
                 weight = g.mean(dim=-1)
                 sums.sinks.append(flat[:, 0].float() * weight[:, :1].sqrt())
                 later = weight[:, 1:]
-                share = _kept_share(later)
+                share = self._kept_share(later)
                 sums.squares = sums.squares + (g[:, 1:] * share[..., None]).sum(dim=(0, 1))
                 sums.mass = sums.mass + (later * share).sum()
                 sums.tokens += weight.numel()
@@ -172,7 +175,7 @@ class _Taps:
                         k = rows.shape[1]
                         sums.hessian = torch.zeros(k, k, device=rows.device)
                     energy = later.pow(power)
-                    energy = energy * _kept_share(energy)
+                    energy = energy * self._kept_share(energy)
                     accumulate(sums.hessian, rows, energy.reshape(-1))
                     sums.weight = sums.weight + energy.sum()
                     sums.energy.append(energy)
@@ -181,11 +184,16 @@ class _Taps:
 
         return forward_hook
 
+    def _kept_share(self, weight: Tensor) -> Tensor:
+        """What is left of each weight [S, L] when none may be above CLIP times the median of its
+        batch."""
+        return torch.cat([_kept_share(part) for part in weight.split(self._batch)])
+
 
 def _kept_share(weight: Tensor) -> Tensor:
-    """What is left of each weight when none may be above CLIP times the median."""
-    felt = weight[weight > 0]  # with a stride, the last layer's others feel nothing
-    limit = CLIP * felt.median() if felt.numel() else 0.0
+    # With a stride, most tokens of the last layer feel nothing.
+    median = torch.where(weight > 0, weight, torch.nan).nanmedian()
+    limit = CLIP * median.nan_to_num(0.0)
     return torch.where(weight > limit, limit / weight.clamp_min(1e-45), 1.0)
 
 
