@@ -13,8 +13,6 @@ from spense_kernels.format import Split
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.order import Problem, choose_orders, gather_order, rank_columns
 from spense_kernels.prune.permute import (
-    _values_at_once,
-    _values_one_by_one,
     retained,
     search,
     snake,
@@ -57,11 +55,13 @@ def test_split_values_against_definition():
     assert len(expected) == 35
 
 
-def test_both_ways_to_value_splits_agree():
+def test_splits_of_many_eights_are_those_of_each():
     eight = torch.randperm(40, generator=generator())[:40].view(5, 8)
     columns = heavy_tailed(17, 40).T.contiguous()
-    one, other = _values_one_by_one(columns, eight), _values_at_once(columns, eight)
-    torch.testing.assert_close(one, other, rtol=17 * 2**-23, atol=0)  # sums of 17 in any order
+    each = torch.cat([split_values(columns, one[None]) for one in eight], dim=1)
+    together = split_values(columns, eight)
+    torch.testing.assert_close(together, each, rtol=17 * 2**-23, atol=0)  # sums of 17 in any order
+    assert split_values(columns, eight[:0]).shape == (35, 0)
 
 
 def searched(saliency, segments, rounds):
@@ -234,3 +234,12 @@ def test_allocation_extremes_and_impossible_budget():
     assert allocate([table], 80.0)[0].tolist() == [1, 0]
     with pytest.raises(PruneError, match="budget"):
         allocate([table], 31.0)
+
+
+def test_matrices_with_fewer_widths_than_others():
+    """A budget for every tile but one: what is left out is the cheapest of the narrow ones."""
+    wide = TileCosts(torch.tensor([[9.0], [4.0], [0.0]]), torch.tensor([[16.0], [32], [64]]))
+    narrow = TileCosts(torch.tensor([[2.0, 1.0], [0.0, 0.0]]), torch.tensor([[16.0, 16], [64, 64]]))
+    assert [c.tolist() for c in allocate([narrow, wide], 192.0)] == [[1, 1], [2]]
+    assert [c.tolist() for c in allocate([narrow, wide], 144.0)] == [[1, 0], [2]]
+    assert [c.tolist() for c in allocate([narrow, wide], 64.0)] == [[0, 0], [1]]

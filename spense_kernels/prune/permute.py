@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from itertools import combinations
 
 import torch
@@ -13,7 +12,7 @@ _PAIR = list(combinations(range(8), 2))
 _PAIR_INDEX = {pair: i for i, pair in enumerate(_PAIR)}
 # The 35 ways to cut eight columns into two groups of four; the first leaves things as they are.
 _SPLITS = [(0, *rest) for rest in combinations(range(1, 8), 3)]
-_GPU_ELEMENTS = 1 << 27  # of all groups in work at a time
+_GPU_ELEMENTS = 1 << 28  # of all pairs in work at a time
 _QUADS = [
     (quad, tuple(c for c in range(8) if c not in quad)) for quad in _SPLITS
 ]  # fmt: skip
@@ -94,49 +93,29 @@ def split_values(columns: Tensor, eight: Tensor) -> Tensor:
 
     Returns float32 [35, P].
     """
+    size = eight.shape[0]
     if columns.is_cuda:
-        size = max(1, _GPU_ELEMENTS // (70 * columns.shape[1]))
-        return torch.cat([_values_at_once(columns, part) for part in eight.split(size)], dim=1)
-    return _values_one_by_one(columns, eight)
+        size = max(1, _GPU_ELEMENTS // (2 * len(_PAIR) * columns.shape[1]))
+    return torch.cat([_values(columns, part) for part in eight.split(max(1, size))], dim=1)
 
 
-def _values_at_once(columns: Tensor, eight: Tensor) -> Tensor:
-    """All 70 groups in a few kernels."""
-    data = columns[eight.T]  # [8, P, N]
-    pair, quads = _places(columns.device)
-    left, right = data[pair[:, 0]], data[pair[:, 1]]
-    larger, total = torch.maximum(left, right), left + right
-    across = larger[quads[:, 0]] + larger[quads[:, 1]]
-    inside = torch.maximum(total[quads[:, 0]], total[quads[:, 1]])
-    return torch.maximum(across, inside).sum(dim=-1).unflatten(0, (-1, 2)).sum(dim=1)
-
-
-@functools.cache
-def _places(device: torch.device) -> tuple[Tensor, Tensor]:
-    """int64 [28, 2] of `_PAIR`, and [70, 2] of the two pairs in each group of `_QUADS`."""
-    quads = [[_PAIR_INDEX[q[0], q[1]], _PAIR_INDEX[q[2], q[3]]] for both in _QUADS for q in both]
-    return torch.tensor(_PAIR, device=device), torch.tensor(quads, device=device)
-
-
-def _values_one_by_one(columns: Tensor, eight: Tensor) -> Tensor:
-    """One group after another, so that a CPU's caches hold what is in work."""
+def _values(columns: Tensor, eight: Tensor) -> Tensor:
+    """One group after another, so that caches hold what is in work."""
     data = columns[eight.T]
     larger = [torch.maximum(data[i], data[j]) for i, j in _PAIR]
     total = [data[i] + data[j] for i, j in _PAIR]
     ones = torch.ones(columns.shape[1], device=columns.device)
-    out = torch.empty(len(_QUADS), eight.shape[0], device=columns.device)
+    values = torch.empty(len(_QUADS), 2, eight.shape[0], device=columns.device)
     buffer = torch.empty_like(data[0])
     other = torch.empty_like(buffer)
-    for s, quads in enumerate(_QUADS):
-        value = 0.0
-        for a, b, c, d in quads:
+    for of_split, quads in zip(values, _QUADS, strict=True):
+        for value, (a, b, c, d) in zip(of_split, quads, strict=True):
             # The two largest of four lie across the pairs (the larger of each) or in one of them.
             ab, cd = _PAIR_INDEX[a, b], _PAIR_INDEX[c, d]
             torch.add(larger[ab], larger[cd], out=buffer)
             torch.maximum(total[ab], total[cd], out=other)
-            value = value + torch.mv(torch.maximum(buffer, other, out=buffer), ones)
-        out[s] = value
-    return out
+            torch.mv(torch.maximum(buffer, other, out=buffer), ones, out=value)
+    return values.sum(dim=1)
 
 
 def _groups(segments) -> tuple[Tensor, list[tuple[int, int]]]:
