@@ -83,6 +83,9 @@ class Session:
             )
             for layer in found.layers:
                 layer.hessians = {k: h.to(self.device) for k, h in layer.hessians.items()}
+            if found.gradients is not None:
+                known = found.gradients.hessians
+                found.gradients.hessians = {k: h.to(self.device) for k, h in known.items()}
             self._statistics[key] = found
             taken = time.monotonic() - begin
             print(f"  statistics {taken:.1f} s: {_listed(found.seconds)}", flush=True)
