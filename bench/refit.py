@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from gemm import kernels
+from gemm.regret import UNTIMED
 from gemm.shapes import HELD_OUT, UNSEEN
 
 from spense_kernels.layout import BLOCK_BYTES, DENSE_UNIT_COLUMNS, TILE_ROWS, ceil_div, padded_k
@@ -29,14 +30,16 @@ from spense_kernels.layout import BLOCK_BYTES, DENSE_UNIT_COLUMNS, TILE_ROWS, ce
 HEURISTICS = Path(__file__).resolve().parents[1] / "csrc" / "heuristics"
 COSTS, FORMULA = HEURISTICS / "sm90_costs.def", HEURISTICS / "cost.cpp"
 # Constants of the device in cost.cpp, in the order of a parameter vector.
-DEVICE = ("kDramBytesPerUs", "kL2BytesPerUs", "kLaunchUs", "kStreamLaunch", "kDenseUnit")
-DEVICE += ("kExponent", "kReread", "kTail")
+DEVICE = ("kDramBytesPerUs", "kL2BytesPerUs", "kLaunchUs", "kStreamLaunch", "kExponent")
+DEVICE += ("kReread", "kZeroRowNs", "kSpread", "kCompany")
 L2_BYTES = 40e6
-OF_CONFIG = ("unit", "tile", "fix-up")  # microseconds, in sm90_costs.def
+OF_CONFIG = ("sparse", "dense", "tile", "fix-up")  # microseconds, in sm90_costs.def
 NEAR = 1.5  # runs up to so many times the fastest of their shape teach the fit
-ERROR_SHARE = 0.05  # of the error of the near runs in what the search makes small, beside regret
+HUNGRY_TOKENS = 1000  # from here on clocks fall, which slows all runs of a shape
 STEPS = (0.1, 0.03, 0.01)  # of a constant's logarithm
 LEAST = 0.05  # of any constant, which is fitted as a logarithm
+BLUR = 0.01  # errors of estimates that a choice should not depend on
+MARGIN, MOST_LOST = 0.01, 0.3  # a slower run's estimate should be so much more; of its regret
 MULTIPROCESSORS = 132
 
 
@@ -59,7 +62,7 @@ def instances() -> dict[str, Config]:
 
 @dataclass
 class Model:
-    """Constants as they stand in csrc: `device` by name, `config` [unit, tile, fix-up] by name."""
+    """Constants as they stand in csrc: `device` by name, `config` as in OF_CONFIG by name."""
 
     device: dict[str, float]
     config: dict[str, list[float]]
@@ -77,8 +80,8 @@ class Model:
             text = re.sub(rf"\b({name} = )[\d.e+]+", lambda m, v=value: m[1] + _number(v), text)
         FORMULA.write_text(text)
         table = COSTS.read_text()
-        for name, (unit, tile, fixup) in self.config.items():
-            row = f"COST({name + ',':<22} {unit:.3f}, {tile:>4.1f}, {fixup:>4.1f})"
+        for name, (sparse, dense, tile, fixup) in self.config.items():
+            row = f"COST({name + ',':<22} {sparse:.3f}, {dense:.3f}, {tile:>5.2f}, {fixup:>5.2f})"
             table = re.sub(rf"^COST\({name},[^)]*\)", row, table, flags=re.MULTILINE)
         COSTS.write_text(table)
 
@@ -91,7 +94,8 @@ class Model:
         values = np.exp(vector).tolist()
         device = dict(zip(DEVICE, values, strict=False))
         rest = values[len(DEVICE) :]
-        fitted = {name: rest[3 * i : 3 * i + 3] for i, name in enumerate(names)}
+        n = len(OF_CONFIG)
+        fitted = {name: rest[n * i : n * i + n] for i, name in enumerate(names)}
         return Model(device, self.config | fitted)
 
 
@@ -101,7 +105,10 @@ def _number(value: float) -> str:
 
 @dataclass
 class Runs:
-    """Forced runs as arrays, one entry a run; `shape` numbers the problem that a run is of."""
+    """Forced runs as arrays, one entry a run; `shape` numbers the problem that a run is of.
+
+    Every configuration has its entry, those without a run with nan in `us`.
+    """
 
     names: list[str]  # of configs
     us: np.ndarray
@@ -109,14 +116,13 @@ class Runs:
     config: np.ndarray
     stream: np.ndarray
     facts: dict[str, np.ndarray]
-    shapes: list[tuple] = field(default_factory=list)  # (layer, n, k, m, dense)
+    shapes: list[tuple] = field(default_factory=list)  # (layer, n, k, m, dense, file)
     auto: dict[int, float] = field(default_factory=dict)  # shape -> us of the op's own choice
 
     def estimate(self, model: Model) -> np.ndarray:
         """estimate_us of cost.cpp for every run."""
         of_config = np.array([model.config[name] for name in self.names])[self.config]
-        unit, tile, fixup = of_config.T
-        return estimate(model.device, unit, tile, fixup, self.stream, self.facts)
+        return estimate(model.device, *of_config.T, self.stream, self.facts)
 
     def only(self, keep: np.ndarray) -> Runs:
         facts = {name: values[keep] for name, values in self.facts.items()}
@@ -131,14 +137,18 @@ def facts_of(
     row_tiles, blocks = ceil_div(n, TILE_ROWS), padded_k(k) // DENSE_UNIT_COLUMNS
     sparse = (4 * row_tiles * blocks - packed_bytes // BLOCK_BYTES) // 3 / row_tiles
     token_tiles = ceil_div(m, config.tokens)
-    x_rows = ceil_div(row_tiles, config.row_tiles) * config.tokens * token_tiles
+    rows = config.tokens * token_tiles
+    x_rows = ceil_div(row_tiles, config.row_tiles) * rows
+    size = config.cluster_rows * config.splits
     return {
         "sparse": sparse / config.splits,
         "dense": (blocks - 2 * sparse) / config.splits,
         "rounds": ceil_div(row_tiles, config.row_tiles * config.cluster_rows)
         * token_tiles
         / config.slots(multiprocessors),
-        "tickets": config.cluster_rows * config.splits == 1,
+        "tickets": size == 1,
+        "company": size - 1 if token_tiles > 1 else 0,
+        "zeros": (rows - m) / config.cluster_rows * blocks / config.splits,
         "token_tiles": token_tiles,
         "once": packed_bytes + m * k + 2 * m * n,
         "operands": packed_bytes + m * k,
@@ -146,45 +156,63 @@ def facts_of(
     }
 
 
-def estimate(device: dict, unit, tile, fixup, stream, facts: dict) -> np.ndarray:
+def estimate(device: dict, sparse, dense, tile, fixup, stream, facts: dict) -> np.ndarray:
     rounds, token_tiles = facts["rounds"], facts["token_tiles"]
-    tile_us = (facts["sparse"] + facts["dense"] * device["kDenseUnit"]) * unit
+    units_us = facts["sparse"] * sparse + facts["dense"] * dense
+    zeros_us = device["kZeroRowNs"] / 1e3 * facts["zeros"]
+    tile_us = units_us + ((units_us**4 + zeros_us**4) ** 0.25 - units_us) / token_tiles
     full = np.ceil(rounds)
-    by_tickets = np.where(rounds > 1, rounds + device["kTail"] * (full - rounds), full)
-    whole = np.where(facts["tickets"], by_tickets, full) * (tile_us + tile)
     cut = rounds * tile_us + full * tile + fixup
-    work = np.where(stream, cut, whole)
+    work = np.where(stream, cut, np.maximum(1, rounds) * (tile_us + tile))
     again = device["kReread"] * np.maximum(0, facts["operands"] - L2_BYTES) * (token_tiles - 1)
     dram = (facts["once"] + np.where(stream, again, 0)) / device["kDramBytesPerUs"]
     l2 = facts["l2"] / device["kL2BytesPerUs"]
     power = device["kExponent"]
-    launch = device["kLaunchUs"] * np.where(stream, device["kStreamLaunch"], 1)
-    return (work**power + dram**power + l2**power) ** (1 / power) + launch
+    us = (work**power + dram**power + l2**power) ** (1 / power)
+    ahead = np.where(facts["tickets"], device["kSpread"] * us, 0)
+    lacking = np.maximum(0, (full - rounds) * (tile_us + tile) - ahead)
+    us = us + np.where(~np.asarray(stream, bool) & (rounds > 1), lacking, 0)
+    us = us * (1 + device["kCompany"] * facts["company"])
+    return us + device["kLaunchUs"] * np.where(stream, device["kStreamLaunch"], 1)
+
+
+def tile_name(config: str) -> str:
+    """A config's name without its rings: runs of a build with other depths count as today's."""
+    return re.sub(r"_s\d+x\d+", "", config)
 
 
 def read_runs(paths: list[Path]) -> Runs:
-    """The `configs` of sweep files, later files first to count. Unknown configs are left out."""
+    """The `configs` of sweep files. Unknown configs are left out.
+
+    A problem of two files is two problems: times of one run compare, those of two hardly.
+    """
     known = instances()
+    today = {tile_name(name): name for name in known}
     entries, multiprocessors = {}, MULTIPROCESSORS
     for path in paths:
         results = json.loads(path.read_text())
         for entry in results["configs"]:
-            key = tuple(entry[name] for name in ("layer", "n", "k", "m", "dense"))
+            key = (*(entry[name] for name in ("layer", "n", "k", "m", "dense")), path.name)
             entries[key, entry["config"]] = entry
             device = results["runs"][entry["run"]]["device"]
             multiprocessors = device.get("multiprocessors", multiprocessors)
     shapes = list(dict.fromkeys(key for key, _ in entries))
     number, names = {key: i for i, key in enumerate(shapes)}, list(known)
-    rows, auto = [], {}
+    rows, auto, timed = [], {}, {}
     for (key, choice), entry in entries.items():
         name, _, mode = choice.partition(":")
+        name = today.get(tile_name(name), name)
         if choice == "auto":
             auto[number[key]] = entry["us"]
         elif name in known:
-            _, n, k, m, _ = key
-            facts = facts_of(known[name], n, k, m, entry["packed_bytes"], multiprocessors)
-            at = names.index(name)
-            rows.append((entry["us"], number[key], at, mode == "stream", *facts.values()))
+            timed.setdefault(key, {"bytes": entry["packed_bytes"]})[name, mode] = entry["us"]
+    for key, times in timed.items():
+        _, n, k, m, *_ = key
+        for at, (name, config) in enumerate(known.items()):
+            facts = facts_of(config, n, k, m, times["bytes"], multiprocessors)
+            for mode in ("whole",) if config.splits > 1 else ("whole", "stream"):
+                us = times.get((name, mode), np.nan)
+                rows.append((us, number[key], at, mode == "stream", *facts.values()))
     if not rows:
         raise SystemExit("refit: expected forced runs of today's configs, got none")
     columns = list(zip(*rows, strict=True))
@@ -193,10 +221,62 @@ def read_runs(paths: list[Path]) -> Runs:
     return Runs(names, us, shape, config, stream, arrays, shapes, auto)
 
 
-def near(runs: Runs) -> Runs:
-    """The runs that come near the fastest of their shape."""
-    fastest = {s: runs.us[runs.shape == s].min() for s in np.unique(runs.shape)}
-    return runs.only(runs.us <= NEAR * np.array([fastest[s] for s in runs.shape]))
+def least_of(runs: Runs) -> np.ndarray:
+    """For every run the least time of its shape."""
+    least = np.full(len(runs.shapes), np.inf)
+    np.fmin.at(least, runs.shape, runs.us)
+    return least[runs.shape]
+
+
+def lost(runs: Runs) -> np.ndarray:
+    """Time of every run over the least of its shape, less 1; UNTIMED of one that has no time."""
+    return np.nan_to_num(runs.us / least_of(runs) - 1, nan=UNTIMED)
+
+
+class Loss:
+    """What the fit makes small: what choices lose, and how far estimates of near runs are off.
+
+    A choice counts blurred, so that it has a margin; its square as well, so that no shape is left
+    far behind. So that a wrong order of two runs that are far apart is felt too, each slower run
+    counts by how much less its estimate is than that of the fastest. Each file's shapes together
+    count as the root of their number.
+    """
+
+    def __init__(self, runs: Runs):
+        number, at = np.unique(runs.shape, return_inverse=True)
+        files = [runs.shapes[i][-1] for i in number]
+        weight = np.array([files.count(file) ** -0.5 for file in files])
+        self.weight, self.at, self.shapes = weight / weight.sum(), at, len(number)
+        self.runs, self.lost = runs, lost(runs)
+        fastest = np.flatnonzero(runs.us == least_of(runs))
+        self.fastest = np.zeros(self.shapes, int)
+        self.fastest[at[fastest]] = fastest
+        self.near = runs.us <= NEAR * least_of(runs)
+        self.log_us = np.log(np.where(self.near, runs.us, 1))
+        tokens = np.array([runs.shapes[i][3] for i in number])
+        self.level_weight = np.where(tokens < HUNGRY_TOKENS, 0.25, 0.05) / self.shapes
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Of every shape's runs."""
+        return np.bincount(self.at, values, self.shapes)
+
+    def errors(self, model: Model) -> np.ndarray:
+        """Weighted logarithms of estimate over time: of near runs in a shape, then of shapes."""
+        error = np.where(self.near, np.log(self.runs.estimate(model)) - self.log_us, 0)
+        level = self.sum(error) / self.sum(self.near)
+        inside = (error - level[self.at])[self.near] / np.sqrt(self.near.sum())
+        return np.concatenate([inside, np.sqrt(self.level_weight) * level])
+
+    def __call__(self, model: Model) -> float:
+        log = np.log(self.runs.estimate(model))
+        least = np.full(self.shapes, np.inf)
+        np.minimum.at(least, self.at, log)
+        share = np.exp((least[self.at] - log) / BLUR)
+        regret = self.sum(share * self.lost) / self.sum(share)
+        gap = np.maximum(0, MARGIN + log[self.fastest][self.at] - log)
+        order = self.sum(np.minimum(self.lost, MOST_LOST) * gap)
+        errors = self.errors(model)
+        return float(self.weight @ (regret + 40 * regret**2 + order) + errors @ errors)
 
 
 def fit(model: Model, runs: Runs, weight: float = 0.03) -> Model:
@@ -204,20 +284,17 @@ def fit(model: Model, runs: Runs, weight: float = 0.03) -> Model:
 
     Constants are pulled to where they were, so that what the runs say nothing about stays.
     """
-    close = near(runs)
-    names = [runs.names[i] for i in np.unique(close.config)]
+    of = Loss(runs)
+    names = [runs.names[i] for i in np.unique(runs.config)]
     start = model.vector(names)
 
     def residuals(vector: np.ndarray) -> np.ndarray:
-        error = np.log(close.estimate(model.with_vector(vector, names)) / close.us)
-        return np.concatenate([error, weight * (vector - start)])
+        error = of.errors(model.with_vector(vector, names))
+        return np.concatenate([error, weight * (vector - start) / np.sqrt(len(runs.us))])
 
     def loss(vector: np.ndarray) -> float:
-        of = model.with_vector(vector, names)
-        error = np.log(close.estimate(of) / close.us)
-        regret = np.array(list(regrets(of, close).values()))
-        # Squares count as well, so that no shape is left far behind.
-        return regret.mean() + (regret**2).mean() * 5 + ERROR_SHARE * np.sqrt((error**2).mean())
+        pull = weight * (vector - start)
+        return of(model.with_vector(vector, names)) + float(pull @ pull)
 
     found = [search(loss, vector) for vector in (start, minimise(residuals, start))]
     return model.with_vector(min(found, key=loss), names)
@@ -263,17 +340,16 @@ def minimise(residuals, start: np.ndarray, steps: int = 200) -> np.ndarray:
 
 def regrets(model: Model, runs: Runs) -> dict[int, float]:
     """Of every shape: time of the run with the least estimate over the least time, less 1."""
-    estimates, found = runs.estimate(model), {}
+    estimates, of, found = runs.estimate(model), lost(runs), {}
     for shape in np.unique(runs.shape):
         here = np.flatnonzero(runs.shape == shape)
-        picked = here[estimates[here].argmin()]
-        found[int(shape)] = float(runs.us[picked] / runs.us[here].min() - 1)
+        found[int(shape)] = float(of[here[estimates[here].argmin()]])
     return found
 
 
 def report(title: str, model: Model, runs: Runs) -> str:
     found = regrets(model, runs)
-    error = np.abs(np.log(runs.estimate(model) / runs.us))
+    error = np.abs(np.log(runs.estimate(model) / runs.us))[~np.isnan(runs.us)]
     worst = sorted(found.items(), key=lambda item: -item[1])[:5]
     lines = [
         f"{title}: {len(found)} shapes, regret mean {statistics.mean(found.values()):.2%}, worst "
@@ -281,9 +357,11 @@ def report(title: str, model: Model, runs: Runs) -> str:
         f"{sum(v > 0.08 for v in found.values())}; median error of estimates {np.median(error):.1%}"
     ]
     for shape, regret in worst:
-        layer, _, _, m, dense = runs.shapes[shape]
+        layer, _, _, m, dense, _ = runs.shapes[shape]
         lines.append(f"  {layer:<22} M = {m:<5} {dense:.1%} dense: {regret:.1%}")
-    taken = [us / runs.us[runs.shape == s].min() - 1 for s, us in runs.auto.items() if s in found]
+    taken = [
+        us / np.nanmin(runs.us[runs.shape == s]) - 1 for s, us in runs.auto.items() if s in found
+    ]
     if taken:
         mean, most = statistics.mean(taken), max(taken)
         lines.append(f"  as measured, the op's own choices: mean {mean:.2%}, worst {most:.2%}")
@@ -299,7 +377,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="the fitted constants into csrc")
     args = parser.parse_args()
     runs, model = read_runs(args.files), Model.read()
-    out = np.array([f"{n}x{k}" in args.hold_out for _, n, k, _, _ in runs.shapes])[runs.shape]
+    out = np.array([f"{n}x{k}" in args.hold_out for _, n, k, *_ in runs.shapes])[runs.shape]
     models = {"as it is": model}
     if args.fit:
         models["fitted"] = fit(model, runs.only(~out))

@@ -210,6 +210,29 @@ def test_the_regret_of_a_choice():
     assert "256x512, M = 8, 12.5 % dense 10.0%, `a:whole` is faster" in several
 
 
+def test_the_regret_of_what_the_model_chooses_now():
+    """The file's "auto" does not count, the forced run of the model's choice does."""
+    from gemm import regret
+
+    from spense_kernels import _C
+    from spense_kernels.format import Split
+
+    shape = {
+        "n": 5120,
+        "k": 8192,
+        "packed_bytes": Split.from_fraction(5120, 8192, 0.25).packed_bytes,
+    }
+    results = invented_configs([0.25])
+    for entry in results["configs"]:
+        entry |= shape
+        if entry["config"] == "b:stream" and entry["m"] == 8:
+            entry["config"] = _C.sm90.estimate(8, *shape.values())["config"]
+    at_1, at_8 = regret.points(regret.chosen_anew(results))
+    assert at_1.regret == pytest.approx(regret.UNTIMED)  # nothing has the name of the choice
+    assert at_8.regret == pytest.approx(0.2)
+    assert (at_8.auto_us, at_8.best, at_8.forced) == (12.0, "a:whole", 2)
+
+
 def test_a_doubtful_choice_is_timed_again():
     from gemm.choices import Choices
     from gemm.rivals import Spense

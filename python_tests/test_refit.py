@@ -55,7 +55,7 @@ def test_the_formula_is_that_of_the_product(refit, tmp_path):
     runs = refit.read_runs([file])
     estimates = runs.estimate(model)
     np.testing.assert_allclose(estimates, runs.us, rtol=1e-12)
-    for number, (_, n, k, m, d) in enumerate(runs.shapes):
+    for number, (_, n, k, m, d, _) in enumerate(runs.shapes):
         found = _C.sm90.estimate(m, n, k, Split.from_fraction(n, k, d).packed_bytes)
         here = runs.shape == number
         assert estimates[here].min() == pytest.approx(found["us"], rel=1e-9)
@@ -68,10 +68,10 @@ def test_the_formula_is_that_of_the_product(refit, tmp_path):
 def test_a_fit_finds_what_made_the_times(refit, tmp_path):
     truth = refit.Model.read()
     start = refit.Model(
-        truth.device | {"kDramBytesPerUs": 2.2e6, "kDenseUnit": 0.9, "kLaunchUs": 3.0},
+        truth.device | {"kDramBytesPerUs": 2.2e6, "kZeroRowNs": 1.0, "kLaunchUs": 3.0},
         {
-            name: [unit * (1.3, 0.8)[i % 2], tile + 2, fixup * 1.5]
-            for i, (name, (unit, tile, fixup)) in enumerate(truth.config.items())
+            name: [sparse * (1.3, 0.8)[i % 2], dense * 1.2, tile + 2, fixup * 1.5]
+            for i, (name, (sparse, dense, tile, fixup)) in enumerate(truth.config.items())
         },
     )
     file = tmp_path / "configs.json"
@@ -83,7 +83,7 @@ def test_a_fit_finds_what_made_the_times(refit, tmp_path):
     assert max(after.values()) < 0.04
     assert sum(after.values()) / len(after) < 0.01
     assert fitted.device["kDramBytesPerUs"] == pytest.approx(
-        truth.device["kDramBytesPerUs"], rel=0.05
+        truth.device["kDramBytesPerUs"], rel=0.1
     )
 
 
@@ -95,7 +95,7 @@ def test_written_constants_are_read_again(refit, tmp_path, monkeypatch):
     model = refit.Model.read()
     model.device["kL2BytesPerUs"] = 9.87e6
     model.device["kReread"] = 0.123
-    model.config[next(iter(model.config))] = [0.321, 4.5, 6.7]
+    model.config[next(iter(model.config))] = [0.321, 0.234, 4.5, 6.75]
     model.write()
     assert refit.Model.read() == model
 

@@ -8,14 +8,14 @@
 namespace spense::heuristics {
 namespace {
 
-// Of one config: a CTA's time for a sparse unit, for a tile beside its units, and what putting cut
-// tiles together adds to a launch.
+// Of one config: a CTA's time for a sparse unit, for a dense one, for a tile beside its units, and
+// what putting cut tiles together adds to a launch.
 struct Cost {
   std::string_view name;
-  double unit_us, tile_us, fixup_us;
+  double sparse_us, dense_us, tile_us, fixup_us;
 };
 constexpr Cost kCosts[] = {
-#define COST(name, unit_us, tile_us, fixup_us) {#name, unit_us, tile_us, fixup_us},
+#define COST(name, ...) {#name, __VA_ARGS__},
 #include "heuristics/sm90_costs.def"
 #undef COST
 };
@@ -28,12 +28,16 @@ constexpr size_t kInstances = 0
 static_assert(std::size(kCosts) == kInstances, "every instance has its costs");
 
 // Of the device, by the same fit: the rates that its limits seem to have in this formula.
-constexpr double kDramBytesPerUs = 3.283e6, kL2BytesPerUs = 11.799e6, kLaunchUs = 1.316;
-constexpr double kStreamLaunch = 1.677;  // a stream-K launch against another
-constexpr double kDenseUnit = 0.711;     // time of a dense unit against a sparse one
-constexpr double kExponent = 2.324;      // how the limits add up: 1 would be one after another
-constexpr double kTail = 0.849;          // how far a round of whole tiles by tickets counts as full
-constexpr double kL2Bytes = 40e6, kReread = 0.329;  // cut tiles read again what L2 does not hold
+constexpr double kDramBytesPerUs = 3.533e6, kL2BytesPerUs = 13.825e6, kLaunchUs = 1.009;
+constexpr double kStreamLaunch = 1.565;  // a stream-K launch against another
+constexpr double kExponent = 1.865;      // how the limits add up: 1 would be one after another
+constexpr double kL2Bytes = 40e6, kReread = 0.053;  // cut tiles read again what L2 does not hold
+// A row of zeros, where a tile reaches past the last token, keeps the engine that copies a block
+// of x for longer than a row of x does.
+constexpr double kZeroRowNs = 2.919;
+constexpr double kSpread = 0.104;  // of the time: how much earlier than the last the first CTAs end
+// For each CTA that a cluster waits for beside itself, where several clusters read a weight.
+constexpr double kCompany = 0.062;
 
 const Cost& cost(const GemmConfig& config) {
   return *std::find_if(std::begin(kCosts), std::end(kCosts),
@@ -50,8 +54,14 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
   const double tiles = std::ceil(row_tiles / group_tiles(config)) * token_tiles;
   const double blocks = static_cast<double>(desc.k_blocks());
   const double sparse = static_cast<double>(desc.sparse_units()) / row_tiles;
-  const double unit_us = c.unit_us / config.splits;
-  const double tile_us = (sparse + (blocks - 2 * sparse) * kDenseUnit) * unit_us;
+  const double units_us =
+      (sparse * c.sparse_us + (blocks - 2 * sparse) * c.dense_us) / config.splits;
+  const double zeros = (config.tokens * token_tiles - static_cast<double>(desc.m)) /
+                       config.cluster_rows * blocks / config.splits;
+  const double zeros_us = kZeroRowNs / 1e3 * zeros;
+  // The last token tile takes the longer of both, or a little more.
+  const double last_us = std::sqrt(std::hypot(units_us * units_us, zeros_us * zeros_us));
+  const double tile_us = units_us + (last_us - units_us) / token_tiles;
 
   const double w = static_cast<double>(desc.packed_bytes);
   const double x = static_cast<double>(desc.m * desc.k), y = static_cast<double>(desc.m * desc.n);
@@ -59,19 +69,25 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
   const double x_reads = std::ceil(row_tiles / config.row_tiles) * config.tokens * token_tiles *
                          static_cast<double>(desc.k);
   const double l2 = (w * token_tiles + x_reads / config.cluster_rows) / kL2BytesPerUs;
-  const double rounds = tiles / slots;
+  const double rounds = tiles / slots, full = std::ceil(rounds);
   double work = 0, launch = kLaunchUs;
   if (choice.mode == Mode::kWhole) {
-    const double full = std::ceil(rounds);
-    const bool by_tickets = cluster_size(config) == 1 && rounds > 1;
-    work = (by_tickets ? rounds + kTail * (full - rounds) : full) * (tile_us + c.tile_us);
+    work = std::max(1.0, rounds) * (tile_us + c.tile_us);
   } else {
-    work = rounds * tile_us + std::ceil(rounds) * c.tile_us + c.fixup_us;
+    work = rounds * tile_us + full * c.tile_us + c.fixup_us;
     launch *= kStreamLaunch;
     dram += kReread * std::max(0.0, w + x - kL2Bytes) * (token_tiles - 1) / kDramBytesPerUs;
   }
   const auto power = [](double v) { return std::pow(v, kExponent); };
-  return std::pow(power(work) + power(dram) + power(l2), 1 / kExponent) + launch;
+  double us = std::pow(power(work) + power(dram) + power(l2), 1 / kExponent);
+  if (choice.mode == Mode::kWhole && rounds > 1) {
+    // What the last round lacks to a full one, when memory is no limit any more. Tickets give the
+    // last tiles to those that are ahead.
+    const double ahead = cluster_size(config) == 1 ? kSpread * us : 0;
+    us += std::max(0.0, (full - rounds) * (tile_us + c.tile_us) - ahead);
+  }
+  if (token_tiles > 1) us *= 1 + kCompany * (cluster_size(config) - 1);
+  return us + launch;
 }
 
 }  // namespace spense::heuristics
