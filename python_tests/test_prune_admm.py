@@ -13,7 +13,18 @@ from spense_kernels.prune.hessian import damp, inverse_factor
 from spense_kernels.prune.mask import is_2to4
 from spense_kernels.prune.obs import sweep
 from spense_kernels.prune.order import Problem
-from spense_kernels.prune.refit import refit
+from spense_kernels.prune.refit import eliminated, refit
+
+
+def search_rows(weight, target, mask, hessian, steps, starts):
+    """The search on all rows [B, N, K], part by part: weights and mask."""
+    weight, mask = weight.clone(), mask.clone()
+    for part in eliminated(hessian, starts):
+        rows = [part.block.take(values) for values in (weight, target, mask)]
+        found, kept = search_mask(part, *rows, steps)
+        part.block.put(weight, found)
+        part.block.put(mask, kept)
+    return weight, mask
 
 
 def searched(k, starts, steps):
@@ -22,7 +33,7 @@ def searched(k, starts, steps):
     starts = torch.tensor(starts)
     swept = sweep(weight[None], inverse_factor(damp(hessian, 0.01))[None], starts)
     given = swept.weight, weight[None], swept.mask, hessian[None], steps, starts[None]
-    found, mask = search_mask(*given)
+    found, mask = search_rows(*given)
     return weight, hessian, swept, (found[0], mask[0])
 
 
@@ -53,7 +64,7 @@ def test_dead_inputs_do_no_harm():
     starts = torch.full((96,), 24)
     swept = sweep(weight[None], inverse_factor(damp(hessian, 0.01))[None], starts)
     given = swept.weight, weight[None], swept.mask, hessian[None], 10, starts[None]
-    found, mask = search_mask(*given)
+    found, mask = search_rows(*given)
     assert torch.isfinite(found).all()
     assert mask[0, :, :24].reshape(96, -1, 4).sum(dim=-1).eq(2).all()
 
@@ -111,12 +122,12 @@ def test_rows_of_mixed_starts_search_as_each_matrix_alone():
     targets, hessian = torch.stack(weights), torch.stack(hessians)
     factor = torch.stack([inverse_factor(damp(h, 0.01)) for h in hessians])
     swept = sweep(targets, factor, starts)
-    both, masks = search_mask(swept.weight, targets, swept.mask, hessian, 10, starts)
+    both, masks = search_rows(swept.weight, targets, swept.mask, hessian, 10, starts)
     fitted = refit(both, targets, masks, hessian, 5, starts)
     for i in range(2):
         one = slice(i, i + 1)
         given = swept.weight[one], targets[one], swept.mask[one], hessian[one], 10, starts[one]
-        alone, mask = search_mask(*given)
+        alone, mask = search_rows(*given)
         assert torch.equal(mask, masks[one])
         torch.testing.assert_close(alone, both[one], rtol=1e-4, atol=1e-5)
         again = refit(alone, targets[one], mask, hessian[one], 5, starts[one])

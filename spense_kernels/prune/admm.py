@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spense_kernels.prune.hessian import cholesky
 from spense_kernels.prune.mask import top2_mask
-from spense_kernels.prune.refit import DAMPING, Part, eliminated
+from spense_kernels.prune.refit import Part
 
 FIRST_PULL, LAST_PULL = 0.3, 2.0  # over the diagonal of H scaled to 1
 NEWTON_GROWTH = 1.5  # of the pull: at most 0.5^16 of an inverse is lost in four steps of Newton's
@@ -23,40 +23,19 @@ ROWS = 512  # rows in work at a time on the CPU
 
 
 def search_mask(
-    weight: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    hessian: Tensor,
-    steps: int,
-    dense_start: Tensor,
-    damping: float = DAMPING,
-) -> tuple[Tensor, Tensor]:
-    """A 2:4 mask for rows whose first `dense_start` columns are sparse, and weights on it.
-
-    Args:
-        weight: float32 [B, N, K], zero off the mask: where the search starts.
-        target: float32 [B, N, K], the dense weights.
-        mask: bool [B, N, K]; true from dense_start on.
-        hessian: float32 [B, K, K] without damping.
-        steps: of the search.
-        dense_start: int64 [B, N].
-        damping: added to diag(H), relative to its mean over live inputs.
-
-    Returns weights float32 [B, N, K] (not refitted) and mask bool [B, N, K].
-    """
-    weight, mask = weight.clone(), mask.clone()
-    for part in eliminated(hessian, dense_start, damping):
-        rows = [part.block.take(values) for values in (weight, target, mask)]
-        found, kept = search_part(part, *rows, steps)
-        part.block.put(weight, found)
-        part.block.put(mask, kept)
-    return weight, mask
-
-
-def search_part(
     part: Part, weight: Tensor, target: Tensor, mask: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """`search_mask` of one part's rows [b, R, K]: weights and mask [b, R, K]."""
+    """A 2:4 mask for the rows of a part, and weights on it.
+
+    Args:
+        part: whose block's `take` gives the rows of the other three.
+        weight: float32 [b, R, K], zero off the mask: where the search starts.
+        target: float32 [b, R, K], the dense weights.
+        mask: bool [b, R, K]; true in the dense columns.
+        steps: of the search.
+
+    Returns weights float32 [b, R, K] (not refitted) and mask bool [b, R, K].
+    """
     start = part.block.start
     if start < 4 or start % 4:  # a short last group keeps the sweep's choice
         return weight, mask

@@ -80,7 +80,9 @@ class LayerWalk:
         hidden: inputs of the layer that comes next, one tensor [B, L, hidden] a batch.
     """
 
-    def __init__(self, model: nn.Module, calibration: Tensor, device="cpu", batch: int = 4):
+    def __init__(
+        self, model: nn.Module, calibration: Tensor, device="cpu", batch: int | None = None
+    ):
         check_calibration(calibration)
         self.prefix, self.layers = decoder_layers(model)
         self.device = torch.device(device)
@@ -90,7 +92,7 @@ class LayerWalk:
         self._home = next(self.layers[0].parameters()).device
         self._tuple_out = False
         with torch.no_grad():
-            for ids in calibration.split(batch):
+            for ids in calibration.split(batch or batch_size(calibration, device)):
                 self._embed(model, ids)
 
     def _embed(self, model: nn.Module, ids: Tensor) -> None:

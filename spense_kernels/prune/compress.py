@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spense_kernels.prune.admm import search_part
+from spense_kernels.prune.admm import search_mask
 from spense_kernels.prune.blocks import stacked
 from spense_kernels.prune.clock import phase
 from spense_kernels.prune.config import PruneConfig
@@ -240,7 +240,7 @@ def _fit_part(part: Part, weight: Tensor, target: Tensor, mask: Tensor, hessian:
         with phase("refit"):
             return part.refitted(weight, target, mask, steps), mask
     with phase("mask search"):
-        other, other_mask = search_part(part, weight, target, mask, config.admm_steps)
+        other, other_mask = search_mask(part, weight, target, mask, config.admm_steps)
     with phase("refit"):  # both at once: twice the rows in as many kernels
         masks = torch.cat([mask, other_mask], dim=1)
         targets = torch.cat([target, target], dim=1)

@@ -70,7 +70,7 @@ class Corrector:
         config: PruneConfig,
         gradients: Gradients | None,
         device,
-        batch: int,
+        batch: int | None,
     ):
         self.config, self.gradients = config, gradients
         self.energy = {}

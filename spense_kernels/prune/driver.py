@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError
-from spense_kernels.prune.calibrate import LayerWalk, batch_size, check_calibration
+from spense_kernels.prune.calibrate import LayerWalk, check_calibration
 from spense_kernels.prune.clock import Clock, phase
 from spense_kernels.prune.compress import column_orders, compress
 from spense_kernels.prune.config import PruneConfig
@@ -96,7 +96,7 @@ class _Run:
         self.streamed: Statistics | None = None
         self.curvature: Curvature | None = None
         self.corrector: Corrector | None = None
-        self.batch, self.at_once = batch or batch_size(calibration, self.device), 1
+        self.batch, self.at_once = batch, 1
         self.prefix, self.layers = decoder_layers(model)
         self.clock = Clock(self.device)
         described = describe_calibration(calibration)

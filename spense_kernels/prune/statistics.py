@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError
-from spense_kernels.prune.calibrate import LayerWalk, batch_size, check_calibration
+from spense_kernels.prune.calibrate import LayerWalk
 from spense_kernels.prune.clock import Clock
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.groups import Group, decoder_layers
@@ -122,7 +122,6 @@ def collect_statistics(
     """
     config = config or PruneConfig()
     progress = progress or Quiet()
-    check_calibration(calibration)
     clock = Clock(device)
     with clock.phase("statistics"):
         layers = _layers(model, calibration, config, progress, device, batch)
@@ -139,7 +138,7 @@ def collect_statistics(
 def _layers(
     model, calibration: Tensor, config: PruneConfig, progress, device, batch: int | None
 ) -> list[LayerStatistics]:
-    walk = LayerWalk(model, calibration, device, batch or batch_size(calibration, device))
+    walk = LayerWalk(model, calibration, device, batch)
     layers = []
     progress.start("calibrate", len(walk.layers))
     for index in range(len(walk.layers)):
