@@ -39,10 +39,8 @@ class PackedWeight:
         `device` (None: it stays)."""
         shape = {"n": split.n, "k": split.k}
         arrays = ops.pack(values, indices, dense, split.widths, **shape, k_shards=split.k_shards)
-        w_packed, w_tiles, gather = (
-            t.to(device or values.device) for t in (*arrays, split.gather())
-        )
-        return cls(w_packed, w_tiles, gather, **shape)
+        device = values.device if device is None else device  # 0 is one
+        return cls(*(t.to(device) for t in (*arrays, split.gather())), **shape)
 
     def unpack(self, split: Split) -> tuple[Tensor, Tensor, Tensor]:
         """Values, indices and dense bytes (canonical encoding); `split` must be the packed
