@@ -10,14 +10,14 @@
 //
 // A Source holds the inputs and brings
 //   Element, Kept, Held       element of the inputs; what stays of 8 columns of a row, of a weight
-//   kInputs, kSums            their number; whether a factor that follows from squares comes in
+//   kInputs, kSums            their number; whether rows have a factor that follows from squares
 //   kMaxRows, kMaxVectors     what the registers hold
 //   input(i, m), stride(i)    row m of an input, elements between rows
 //   aligned                   whether rows of inputs and weights start at multiples of 16 bytes
-//   hold(c, k)                weights of 8 columns, which no kernel before writes
-//   take(in, m, c, left, squares)   what to keep of 8 columns, of which `left` exist
-//   factor(sum)               of the row
-//   raise(peak, kept, factor, held), value(kept, i, factor, held)   bits of |v|; v
+//   hold(c, left)             weights of 8 columns, which no kernel before writes
+//   take(in, m, c, left, held, found)   what to keep of 8 columns, of which `left` exist
+//   factor(squares)           of the row, not negative: v = kept * factor, and that of the largest
+//                             |kept| is the largest |v|
 #pragma once
 
 #include "cuda/neighbours.h"
@@ -40,7 +40,6 @@ struct Weightless {
   __device__ Held hold(int, int) const {
     return {};
   }
-  __device__ float factor(double) const { return 1.0f; }
 };
 
 struct Slices {
@@ -61,16 +60,15 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   constexpr int kInputs = Source::kInputs;
   constexpr bool kStaged = kRegular && kRows * kVectors > 1;  // rows come through shared memory
   static_assert(kRegular || kRows == 1);
-  __shared__ Parts<uint32_t, kRows> peaks[2];
-  __shared__ Parts<double, kRows> sums;
+  constexpr bool kSums = Source::kSums;
+  __shared__ Parts<kRows, kSums> parts[2];
   __shared__ uint64_t bytes_arrived;
 
   ptx::grid_launch_dependents();
   const bool shared_row = kRows == 1 && slices.cluster > 1;
   const Team team{shared_row ? ptx::cluster_rank() : 0u, shared_row ? gridDim.x : 1u};
   const uint32_t arrived = ptx::smem_address(&bytes_arrived);
-  if constexpr (Source::kSums) sums.init();
-  for (auto& each : peaks) each.init();
+  for (auto& each : parts) each.init();
   if (shared_row) {
     if (threadIdx.x == 0) {
       ptx::barrier_init(arrived, 1);
@@ -163,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
       }
     }
     typename Source::Kept kept[kRows][kVectors];
-    double squares[kRows] = {};
+    Found found[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -173,7 +171,8 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         Run both[kInputs];
 #pragma unroll
         for (int input = 0; input < kInputs; ++input) both[input] = in[input][r][v];
-        kept[r][v] = source.template take<kRegular>(both, row + r, columns[v], left, squares[r]);
+        kept[r][v] =
+            source.template take<kRegular>(both, row + r, columns[v], left, held[v], found[r]);
       }
     }
 
@@ -182,28 +181,14 @@ __global__ void __launch_bounds__(kThreads, kCtas)
       if (row + step < m) fetch(row + step);
     }
 
-    float factor[kRows] = {};
-    if constexpr (Source::kSums) {
-      spread_rows(source.factor(sum_rows(squares, team, sums, turn & 1)), factor);
+    const Found all = exchange(found, team, parts[turn & 1], turn >> 1 & 1);
+    float peak = __uint_as_float(all.peak), factor[kRows] = {};
+    if constexpr (kSums) {
+      const float mine = source.factor(all.squares);
+      peak = __fmul_rn(peak, mine);
+      spread_rows(mine, factor);
     }
-    const auto forget = [&] {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        if constexpr (Source::kSums) forget_derived(held[v]);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) forget_derived(kept[r][v]);
-      }
-    };
-    forget();
-    uint32_t peak[kRows] = {};
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        peak[r] = source.raise(peak[r], kept[r][v], factor[r], held[v]);
-      }
-    }
-    const float scale = scale_of(max_rows(peak, team, peaks[turn & 1], turn >> 1 & 1));
+    const float scale = scale_of(peak);
     constexpr unsigned kLanes = 32 / kRows;
     const unsigned of_row = threadIdx.x / kLanes;
     if (threadIdx.x % kLanes == 0 && blockIdx.x == 0 && of_row < static_cast<unsigned>(rows)) {
@@ -211,9 +196,10 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     }
     float inverse[kRows];
     spread_rows(__frcp_rn(scale), inverse);
-    forget();
     const auto quantised = [&](int r, int v, int i) {
-      return __fmul_rn(source.value(kept[r][v], i, factor[r], held[v]), inverse[r]);
+      float value = kept[r][v].get(i);
+      if constexpr (kSums) value = __fmul_rn(value, factor[r]);
+      return __fmul_rn(value, inverse[r]);
     };
     const auto bytes_of_row = [&](int r, int v) {
       uint32_t pairs[4];

@@ -116,13 +116,6 @@ __device__ void store_columns(T* to, Eight<T> v, int left) {
   }
 }
 
-// Makes the compiler compute anew what it derived from v, rather than keep that in registers.
-template <typename T>
-__device__ void forget_derived(Eight<T>& v) {
-#pragma unroll
-  for (uint32_t& word : v.words) ptx::pin(word);
-}
-
 template <typename T>
 bool aligned_rows(const void* base, int64_t stride) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * sizeof(T) % 16 == 0;
