@@ -33,7 +33,7 @@ struct GatedSource : Weightless {
   using Kept = Eight<float>;
   static constexpr int kInputs = 2;
   static constexpr int kMaxRows = 2;
-  static constexpr int kMaxVectors = 4;
+  static constexpr int kMaxVectors = sizeof(T) == 2 ? 4 : 2;
 
   __device__ const T* input(int i, int64_t m) const {
     return i == 0 ? gate + m * gate_stride : up + m * up_stride;

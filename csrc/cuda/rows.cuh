@@ -14,7 +14,7 @@
 namespace spense::cuda {
 namespace {
 
-constexpr int kMaxSmem = 220 * 1024;
+constexpr int kMaxSmem = 216 * 1024;
 constexpr int64_t kMaxGridRows = 65535;  // of grid.y
 constexpr uint32_t kInfinityBits = 0x7F800000u;
 constexpr uint32_t kNanBits = 0x7FC00000u;
