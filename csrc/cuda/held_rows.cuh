@@ -120,6 +120,14 @@ __global__ void __launch_bounds__(kThreads, kCtas)
       *reinterpret_cast<Run*>(stage + i * (kThreads * kRunBytes)) = Run{};
     }
   }
+  const int64_t m = p.m, step = int64_t{gridDim.y} * kRows, first_row = int64_t{blockIdx.y} * kRows;
+  const T* next[kInputs];  // what is loaded next
+#pragma unroll
+  for (int i = 0; i < kInputs; ++i) {
+    next[i] = source.input(i, first_row) + columns[0];
+    ptx::pin(next[i]);
+  }
+  if constexpr (kSums && kRows == 1) finish(held[0]);
   if (shared_row) {
     ptx::cluster_wait();
   } else {
@@ -127,12 +135,12 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   }
   ptx::grid_dependency_wait();
 
-  const int64_t m = p.m, step = int64_t{gridDim.y} * kRows;
   const auto fetch = [&](uint32_t turn, int64_t row) {
     const int rows = static_cast<int>(min(m - row, int64_t{kRows}));
 #pragma unroll
     for (int input = 0; input < kInputs; ++input) {
-      const T* from = source.input(input, row) + columns[0];
+      const T* from = next[input];
+      next[input] += step * source.stride(input);
 #pragma unroll
       for (int r = 0; r < kRows; ++r, from += source.stride(input)) {
         if (r >= rows) break;
@@ -150,7 +158,6 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     }
     ptx::copy_async_commit();
   };
-  const int64_t first_row = int64_t{blockIdx.y} * kRows;
   if constexpr (kStaged) {
     fetch(0, first_row);
     if (ahead == 2) fetch(1, first_row + step);
@@ -175,8 +182,9 @@ __global__ void __launch_bounds__(kThreads, kCtas)
           if constexpr (kStaged) {
             in[input] = *reinterpret_cast<const Run*>(slot(turn, input, r, v));
           } else {
-            const T* from = source.input(input, row) + columns[v];
+            const T* from = next[input] + (columns[v] - columns[0]);
             in[input] = load_columns<Reuse::kNever, kRegular>(from, left);
+            if (v == kVectors - 1) next[input] += step * source.stride(input);
           }
         }
         const bool owned = r < rows && (!kShares || shared_row || blockIdx.x == 0);

@@ -11,7 +11,7 @@ struct NormSource {
   T* sum;
   const W* weight;
   int64_t x_stride, residual_stride, k;
-  float eps, offset;  // offset: of the weight
+  float eps, offset, count;  // offset: of the weight; count: k
   bool aligned;
 
   using Element = T;
@@ -63,7 +63,7 @@ struct NormSource {
     return weighted;
   }
   __device__ float factor(double squares) const {
-    const float mean = __fdiv_rn(static_cast<float>(squares), static_cast<float>(k));
+    const float mean = __fdiv_rn(static_cast<float>(squares), count);
     return __frcp_rn(__fsqrt_rn(__fadd_rn(mean, eps)));
   }
 };
@@ -79,6 +79,7 @@ void run(const NormArgs& args, Stream stream) {
   source.x_stride = args.rows.x_stride;
   source.residual_stride = args.residual_stride;
   source.k = args.rows.k;
+  source.count = static_cast<float>(source.k);
   source.eps = args.eps;
   source.offset = args.unit_offset ? 1.0f : -0.0f;  // -0 + w is w, sign of zero and all
   source.aligned =

@@ -90,7 +90,7 @@ struct Parts {
     const int count = kRows == 1 ? static_cast<int>(team.size) : kRows;
     constexpr int kStep = kRows == 1 ? kMaxWarps : kLanes;
     Found all = {};  // as is a part where there is no such warp
-#pragma unroll
+#pragma unroll(kRows == 1 ? 1 : kRows)
     for (int i = 0; i < count; ++i) {
       const int slot = row + i * kStep + lane % kLanes;
       if constexpr (kSums) all.squares += squares[slot];

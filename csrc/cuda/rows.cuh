@@ -116,6 +116,13 @@ __device__ void store_columns(T* to, Eight<T> v, int left) {
   }
 }
 
+// Makes the compiler compute v here, not where it is used.
+template <typename T>
+__device__ void finish(Eight<T>& v) {
+#pragma unroll
+  for (uint32_t& word : v.words) ptx::pin(word);
+}
+
 template <typename T>
 bool aligned_rows(const void* base, int64_t stride) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * sizeof(T) % 16 == 0;
