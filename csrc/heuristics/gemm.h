@@ -3,6 +3,7 @@
 // launches. Plain C++.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -64,6 +65,15 @@ constexpr int store_tokens(const GemmConfig& c) {
   return tokens % 32 == 0 ? 32 : tokens % 16 == 0 ? 16 : 8;
 }
 constexpr int x_stage_bytes(const GemmConfig& c) { return c.tokens * format::kRowBytes; }
+// Tokens of each of a product's tiles, of which the last may hold fewer: no more than they need, as
+// rows of zeros take longer to copy than rows of x. A multiple of what each CTA of a cluster copies
+// and of what a store writes, unless there is but one.
+constexpr int tile_tokens(const GemmConfig& c, int64_t m) {
+  const int64_t tiles = format::ceil_div(m, c.tokens);
+  if (tiles == 1 && c.cluster_rows == 1) return static_cast<int>(m);
+  const int unit = std::max(8 * c.cluster_rows, store_tokens(c));
+  return static_cast<int>(format::ceil_div(format::ceil_div(m, tiles), unit) * unit);
+}
 constexpr int smem_bytes(const GemmConfig& c) {
   const int w_slots = c.row_tiles * c.w_stages;
   return w_slots * kWStageBytes + c.x_stages * x_stage_bytes(c) +

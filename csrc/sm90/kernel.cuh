@@ -129,7 +129,8 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
     jobs.wait();
     const Job work = jobs.read();
     if (work.row_tile < 0) break;
-    const int token0 = work.token_tile * T::kTokens, token_end = min(token0 + T::kTokens, p.m);
+    const int token0 = work.token_tile * p.tile_tokens;
+    const int token_end = min(token0 + p.tile_tokens, p.m);
     const int row0 = T::kRowTiles == 2
                          ? (work.row_tile + warpgroup) * kTileRows + warp % 4 * 16
                          : work.row_tile * kTileRows + warpgroup * T::kPartRows + warp % 4 * 16;

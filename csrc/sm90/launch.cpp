@@ -39,7 +39,8 @@ const heuristics::MaxClusters& max_clusters(int device) {
 }
 
 cuda::ByteMatrix x_matrix(const heuristics::GemmConfig& config, const GemmArgs& args) {
-  return {args.x, args.m, args.k, args.x_stride, config.tokens / config.cluster_rows};
+  return {args.x, args.m, args.k, args.x_stride,
+          heuristics::tile_tokens(config, args.m) / config.cluster_rows};
 }
 
 void launch(const heuristics::GemmChoice& choice, const heuristics::ScheduleParams& schedule,
@@ -61,6 +62,7 @@ void launch(const heuristics::GemmChoice& choice, const heuristics::SchedulePara
   p.x_scale_step = static_cast<int32_t>(args.x_scale_step);
   p.m = static_cast<int32_t>(args.m);
   p.n = static_cast<int32_t>(args.n);
+  p.tile_tokens = heuristics::tile_tokens(config, args.m);
   p.out = args.out;
   p.wide_rows = args.n * bytes_of(args.out) % kWideStore == 0 &&
                 reinterpret_cast<uintptr_t>(args.y) % kWideStore == 0;

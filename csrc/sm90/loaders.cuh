@@ -161,7 +161,7 @@ class ActivationLoader {
       : p_(p), smem_(smem), row_(row), first_(first) {}
 
   __device__ void load(const Job& job) {
-    const int row = job.token_tile * T::kTokens + static_cast<int>(row_) * T::kXBoxTokens;
+    const int row = job.token_tile * p_.tile_tokens + static_cast<int>(row_ * box_tokens());
     const int k_blocks = p_.schedule.k_blocks;
     const heuristics::Walk walk = walk_of(p_.schedule);
     for (int turn = job.begin; turn < job.end; ++turn) {
@@ -178,10 +178,10 @@ class ActivationLoader {
     if (ptx::lane_id() == 0) {
       const uint32_t full = smem_ + T::kXFull + 8 * at_.slot;
       const uint32_t slot = smem_ + T::kXRing + at_.slot * T::kXStageBytes;
-      ptx::barrier_arrive_expect(full, T::kXStageBytes);
+      ptx::barrier_arrive_expect(full, p_.tile_tokens * kRowBytes);
       if constexpr (T::kClusterRows > 1) {
         const uint16_t sharers = ((1u << T::kClusterRows) - 1) << first_;
-        ptx::tensor_copy_2d_multicast(slot + row_ * T::kXBoxTokens * kRowBytes, &p_.x_map, column,
+        ptx::tensor_copy_2d_multicast(slot + row_ * box_tokens() * kRowBytes, &p_.x_map, column,
                                       row, full, sharers, device::kEvictLast);
       } else {
         ptx::tensor_copy_2d(slot, &p_.x_map, column, row, full, device::kEvictLast);
@@ -189,6 +189,8 @@ class ActivationLoader {
     }
     at_.advance();
   }
+
+  __device__ uint32_t box_tokens() const { return p_.tile_tokens / T::kClusterRows; }
 
   const Params& p_;
   uint32_t smem_, row_, first_;

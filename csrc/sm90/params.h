@@ -23,7 +23,7 @@ struct NextWeights {
 // Everything a launch needs.
 struct Params {
   CUtensorMap y_map;     // y as [m, 2 n] bytes, in boxes of store_tokens x 128, if staged
-  CUtensorMap x_map;     // x as [m, k] bytes, in boxes of tokens / cluster x 128
+  CUtensorMap x_map;     // x as [m, k] bytes, in boxes of tile_tokens / cluster x 128
   const uint8_t* w;      // tile stream
   const int4* tiles;     // w_tiles
   const float* x_scale;  // [m] with step 1, [1] with step 0
@@ -35,6 +35,7 @@ struct Params {
   uint32_t* counters;    // [CTAs, 2] and one for tickets, zero between launches
   uint64_t w_policy;     // L2 policy of the weights
   int32_t x_scale_step, m, n;
+  int32_t tile_tokens;  // of a token tile, at most the config's
   OutType out;
   bool wide_rows;    // rows of y begin at 16-byte boundaries
   bool staged;       // y is written through shared memory and y_map

@@ -69,7 +69,6 @@ struct Traits {
   //   tickets     one word a consumer warpgroup, for the fix-up
   static constexpr int kWStageBytes = heuristics::kWStageBytes;
   static constexpr int kXStageBytes = heuristics::x_stage_bytes(kConfig);
-  static constexpr int kXBoxTokens = tokens / cluster_rows;  // what each CTA of a cluster fetches
   static constexpr int kWSlots = kRowTiles * kWStages;
   static constexpr int kXRing = kWSlots * kWStageBytes;
   static constexpr bool kStaged = heuristics::staged(kConfig);

@@ -52,7 +52,9 @@ struct Operand {
 float e4m3(uint8_t bits);
 // Bytes of rows x bytes of an operand as floats, and the granules that they lie in.
 std::vector<float> read_operand(Cta& cta, const Operand& operand, int rows, int bytes);
-void note_reads(Cta& cta, const Operand& operand, int rows, int bytes, std::vector<Granule*>& to);
+// `partly`: rows beyond the last token need not be there, their sums are never written.
+void note_reads(Cta& cta, const Operand& operand, int rows, int bytes, std::vector<Granule*>& to,
+                bool partly = false);
 // The same column by column, `step` floats apart.
 void read_columns(Cta& cta, const Operand& operand, int rows, int bytes, float* to, int step);
 // sums[n] += kept values of a row x columns of x, [columns][tokens]; with their places in chunks of

@@ -85,7 +85,7 @@ void wgmma(bool sparse, const std::vector<float*>& sums, uint64_t a, uint64_t b,
   const int tokens = static_cast<int>(sums.size()) * 2;
   if (t.lane() == 0) {
     note_reads(*t.cta, rows_of_warp(decode(a), t.warp()), 16, 32, op.reads);
-    note_reads(*t.cta, decode(b), tokens, sparse ? 64 : 32, op.reads);
+    note_reads(*t.cta, decode(b), tokens, sparse ? 64 : 32, op.reads, true);
   }
   state_of(t).open.push_back(std::move(op));
 }
