@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "device/job_ring.cuh"
 #include "format/tile_stream.h"
 #include "heuristics/sm100.h"
 #include "sm100/params.h"
@@ -26,6 +27,12 @@ struct alignas(16) Job {
   int32_t first, last;           // clusters that share the tile
   int32_t sparse[4];             // sparse units of the row tile of each CTA, of the whole tile
   int32_t unused[2];
+
+  __device__ __forceinline__ static Job load(uint32_t smem) {
+    const int4 a = device::load_words(smem), b = device::load_words(smem + 16),
+               c = device::load_words(smem + 32);
+    return {a.x, a.y, a.z, a.w, b.x, b.y, {b.z, b.w, c.x, c.y}, {}};
+  }
 };
 static_assert(sizeof(Job) == heuristics::sm100::kJobBytes);
 

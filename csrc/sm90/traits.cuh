@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "device/job_ring.cuh"
 #include "format/tile_stream.h"
 #include "heuristics/gemm.h"
 #include "sm90/params.h"
@@ -24,6 +25,11 @@ struct alignas(16) Job {
   int32_t begin, end;            // turns of the walk through K
   int32_t first, last;           // clusters that share the tile
   int32_t sparse_units[2];       // of each row tile; its other columns are dense units
+
+  __device__ __forceinline__ static Job load(uint32_t smem) {
+    const int4 a = device::load_words(smem), b = device::load_words(smem + 16);
+    return {a.x, a.y, a.z, a.w, b.x, b.y, {b.z, b.w}};
+  }
 };
 static_assert(sizeof(Job) == heuristics::kJobBytes);
 
