@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gemm.tables import row, run_line
-from spense_kernels import _C
 
 AUTO = "auto"  # the op's own choice in a result file
 SMOOTH = 0.05  # no other configuration may be faster by more
@@ -61,6 +60,8 @@ def chosen_anew(results: dict) -> dict:
     A cost model made after a run can thus be judged by it. Both times are then of forced runs; the
     measured times of the op's own choice, which an older model made, are left out.
     """
+    from spense_kernels import _C  # a sweep needs the CUDA library alone
+
     forced: dict[tuple, list[dict]] = {}
     for entry in results["configs"]:
         if entry["config"] != AUTO:

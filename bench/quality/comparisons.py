@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of targets.py, baselines.py and second_family.py for docs/pruning.md from their files."""
+"""Tables of targets.py, baselines.py, second_family.py and layer_cost.py for docs/pruning.md."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ FILES = {
     "targets": "quality_targets.json",
     "baselines": "quality_baselines.json",
     "second": "quality_second.json",
+    "layer": "quality_layer.json",
 }
 # Rows of targets.py: the same with the seed left out are one line.
 _SEED = re.compile(r", seed \d+$")
@@ -99,10 +100,27 @@ def second(result: dict) -> str:
     ])  # fmt: skip
 
 
+def layer(result: dict) -> str:
+    """One sentence: what a layer of a large model costs."""
+    sequences, length = result["tokens"]
+    seconds, asked = result["prune_seconds"], result["targets"]
+    return (
+        f"{result['model'].capitalize()}, {sequences} x {length} calibration tokens, at "
+        f"{result['dense_fraction']:.0%} dense: {result['seconds']:.1f} s (asked: "
+        f"{asked['seconds']:.0f}), of them statistics {result['statistics_seconds']:.1f}, plan "
+        f"{seconds['plan']:.1f} and prune {seconds['prune']:.1f}; {result['model_minutes']:.0f} "
+        f"minutes for 64 such layers; at most {result['peak_device_bytes'] / 1e9:.0f} GB "
+        f"on the card (asked: {asked['peak_device_bytes'] / 1e9:.0f}) and "
+        f"{result['peak_host_bytes'] / 1e9:.0f} GB on the host. {result['machine']['device']}, "
+        f"commit {result['commit']}, `python bench/quality/layer_cost.py`."
+    )
+
+
 def parts(folder: Path) -> dict[str, str]:
     """Text by marker; says so where a result file is not there."""
     found = {}
-    for marker, make in (("targets", targets), ("baselines", baselines), ("second", second)):
+    kinds = {"targets": targets, "baselines": baselines, "second": second, "layer": layer}
+    for marker, make in kinds.items():
         path = folder / FILES[marker]
         found[marker] = MISSING
         if path.exists():

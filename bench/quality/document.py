@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of docs/pruning.md from the committed results, between their markers.
+"""Write the tables of docs/pruning*.md from the committed results, between their markers.
 
 quality.json is the table of single ideas; quality_h100.json holds what was tried on top of it, and
 quality_explore.json what was tried after that.
 
-`python bench/quality/document.py` rewrites the page; `--check` fails when it is out of date.
+`python bench/quality/document.py` rewrites the pages; `--check` fails when one is out of date.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import comparisons
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
-PAGE = ROOT / "docs" / "pruning.md"
+PAGES = [ROOT / "docs" / name for name in ("pruning.md", "pruning-comparisons.md")]
 STEPS = re.compile(
     r"a\d |s\d |random|magnitude col|activation|obs col|dense first|sequential|search |fp8 rounded"
 )
@@ -102,29 +102,35 @@ def parts(prefix: str, result: dict) -> dict[str, str]:
     return found
 
 
-def render(page: str) -> str:
+def tables() -> dict[str, str]:
+    """Text by marker, of all pages."""
     found = comparisons.parts(RESULTS)
     for prefix, name in (("", "quality.json"), ("h100-", "quality_h100.json")):
         result = json.loads((RESULTS / name).read_text(encoding="utf-8"))
         found |= parts(prefix, result)
     result = json.loads((RESULTS / "quality_explore.json").read_text(encoding="utf-8"))
-    found |= {"explore-setup": setup(result), "explore-steps": validation(result)}
-    for marker, text in found.items():
+    return found | {"explore-setup": setup(result), "explore-steps": validation(result)}
+
+
+def render(pages: list[str]) -> list[str]:
+    """The pages with every table between its markers, which stand in one of them."""
+    for marker, text in tables().items():
         pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
-        if not pattern.search(page):
-            raise SystemExit(f"{PAGE.name}: no markers <!-- {marker} --> ... <!-- /{marker} -->")
-        page = pattern.sub(lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page)
-    return page
+        if not any(pattern.search(page) for page in pages):
+            raise SystemExit(f"no page has markers <!-- {marker} --> ... <!-- /{marker} -->")
+        pages = [pattern.sub(lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page) for page in pages]
+    return pages
 
 
 def main() -> int:
-    old = PAGE.read_text(encoding="utf-8")
-    new = render(old)
-    if "--check" in sys.argv[1:]:
-        if old != new:
-            print(f"{PAGE.name} is out of date: run {Path(__file__).name}", file=sys.stderr)
-        return int(old != new)
-    PAGE.write_text(new, encoding="utf-8")
+    old = [page.read_text(encoding="utf-8") for page in PAGES]
+    for page, before, after in zip(PAGES, old, render(old), strict=True):
+        if before == after:
+            continue
+        if "--check" in sys.argv[1:]:
+            print(f"{page.name} is out of date: run {Path(__file__).name}", file=sys.stderr)
+            return 1
+        page.write_text(after, encoding="utf-8")
     return 0
 
 
