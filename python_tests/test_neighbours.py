@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import pad
 
 from spense_kernels import ops
 from spense_kernels.layout import padded_k
@@ -64,12 +65,15 @@ def rows_of(x: Tensor, gather: Tensor | None):
 def norm_in_torch(x: Tensor, weight: Tensor, unit_offset: bool) -> Tensor:
     """The steps that the docstring of rms_norm_quantize lists; v, float32."""
     wide = x.float()
-    q = wide.double().square().sum(dim=1, keepdim=True).float()
+    p = pad(wide.square(), (0, -wide.shape[1] % 8)).unflatten(1, (-1, 8))
+    for _ in range(3):
+        p = p[..., ::2] + p[..., 1::2]
+    q = p.double().sum(dim=(1, 2)).float()[:, None]
     one = torch.ones((), dtype=torch.float32)
     mean = q / torch.tensor(float(x.shape[1])) + torch.tensor(EPS)
     r = one / mean.double().sqrt().float()  # torch's float32 sqrt may be off by a bit
     w = weight.float()
-    return (wide * r) * (one + w if unit_offset else w)
+    return (wide * (one + w if unit_offset else w)) * r
 
 
 def check_quantized(x8: Tensor, scale: Tensor, v: Tensor, gather: Tensor | None) -> None:

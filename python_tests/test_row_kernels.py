@@ -97,6 +97,7 @@ CASES = [
     Case(1, 25600, torch.bfloat16, True, 25600),  # of 4
     Case(1, 25600, torch.bfloat16, False, 25600),
     Case(1, 60000, torch.float32, True, 60000),  # too long for one CTA
+    Case(1, 25600, torch.float32, True, 25600),
     Case(2, 60007, torch.float16, True, 60013, multiprocessors=1),  # and not aligned
     Case(5, 640, torch.bfloat16, True, 643),
     Case(1, 70000, torch.bfloat16, True, 70000),  # places of a gather in more than 16 bits

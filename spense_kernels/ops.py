@@ -150,10 +150,11 @@ def rms_norm_quantize(
     unit_offset  scales by 1 + weight, as Gemma does
 
     Steps, in float32 and each rounded on its own, save the one in float64:
-      q = sum of x * x in float64, in an order that is left open, rounded to float32 once
+      p = sums of x * x over columns 8 i to 8 i + 7, as ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))
+      q = sum of p in float64, in an order that is left open, rounded to float32 once
       r = 1 / sqrt(q / K + eps)                          w = weight, or 1 + weight
-      v = (x * r) * w                                    then `quantize_fp8` of v, from float32
-    so devices agree bit for bit unless q lies within K * 2^-53 of where float32 rounds the other
+      v = (x * w) * r                                    then `quantize_fp8` of v, from float32
+    so devices agree bit for bit unless q lies within K * 2^-56 of where float32 rounds the other
     way. Nothing is rounded to the dtype of x in between, as an unfused model does: v is within
     2^-8 (bfloat16) or 2^-11 (float16) of that model's, relatively.
 

@@ -33,28 +33,22 @@ struct GatedSource : Weightless {
   using Kept = Eight<float>;
   static constexpr int kInputs = 2;
   static constexpr int kMaxRows = 2;
-  static constexpr int kMaxVectors = 4;
+  static constexpr int kMaxVectors = sizeof(T) == 2 ? 4 : 2;
 
   __device__ const T* input(int i, int64_t m) const {
     return i == 0 ? gate + m * gate_stride : up + m * up_stride;
   }
   __device__ int64_t stride(int i) const { return i == 0 ? gate_stride : up_stride; }
   template <bool>
-  __device__ Kept take(const Eight<T> (&in)[2], int64_t, int, int, double&) const {
+  __device__ Kept take(const Eight<T> (&in)[2], int64_t, int, int, Held, Found& found) const {
     Kept product;
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
       product.set_pair(i, activate<kActivation>(in[0].get(i)) * in[1].get(i),
                        activate<kActivation>(in[0].get(i + 1)) * in[1].get(i + 1));
     }
+    raise(found, product);
     return product;
-  }
-  __device__ float value(const Kept& v, int i, float, Held) const { return v.get(i); }
-  __device__ uint32_t raise(uint32_t peak, const Kept& v, float, Held) const {
-    float largest = __uint_as_float(peak);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) largest = ptx::larger_magnitude(largest, v.get(i));
-    return __float_as_uint(largest);
   }
 };
 

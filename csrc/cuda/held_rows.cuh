@@ -10,14 +10,14 @@
 //
 // A Source holds the inputs and brings
 //   Element, Kept, Held       element of the inputs; what stays of 8 columns of a row, of a weight
-//   kInputs, kSums            their number; whether a factor that follows from squares comes in
+//   kInputs, kSums            their number; whether rows have a factor that follows from squares
 //   kMaxRows, kMaxVectors     what the registers hold
 //   input(i, m), stride(i)    row m of an input, elements between rows
 //   aligned                   whether rows of inputs and weights start at multiples of 16 bytes
-//   hold(c, k)                weights of 8 columns, which no kernel before writes
-//   take(in, m, c, left, squares)   what to keep of 8 columns, of which `left` exist
-//   factor(sum)               of the row
-//   raise(peak, kept, factor, held), value(kept, i, factor, held)   bits of |v|; v
+//   hold(c, left)             weights of 8 columns, which no kernel before writes
+//   take(in, m, c, left, held, found)   what to keep of 8 columns, of which `left` exist
+//   factor(squares)           of the row, not negative: v = kept * factor, and that of the largest
+//                             |kept| is the largest |v|
 #pragma once
 
 #include "cuda/neighbours.h"
@@ -40,7 +40,6 @@ struct Weightless {
   __device__ Held hold(int, int) const {
     return {};
   }
-  __device__ float factor(double) const { return 1.0f; }
 };
 
 struct Slices {
@@ -48,7 +47,13 @@ struct Slices {
   int outputs = 0;  // columns of y that it writes: fewer where several CTAs compute the same row
   int cluster = 1;
   int stage = 0;  // where rows on their way lie in shared memory
+  int ahead = 1;  // turns that rows are loaded ahead, 1 or 2
 };
+
+// Of shared memory, for the rows that are loaded at once.
+template <typename Source, int kRows, int kVectors, int kThreads>
+constexpr int kStageBytes =
+    Source::kInputs * kRows * kVectors * kThreads * sizeof(Eight<typename Source::Element>);
 
 extern __shared__ __align__(16) unsigned char row_memory[];
 
@@ -61,16 +66,16 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   constexpr int kInputs = Source::kInputs;
   constexpr bool kStaged = kRegular && kRows * kVectors > 1;  // rows come through shared memory
   static_assert(kRegular || kRows == 1);
-  __shared__ Parts<uint32_t, kRows> peaks[2];
-  __shared__ Parts<double, kRows> sums;
+  constexpr bool kTwoAhead = 2 * kStageBytes<Source, kRows, kVectors, kThreads> * kCtas < kMaxSmem;
+  constexpr bool kSums = Source::kSums;
+  __shared__ Parts<kRows, kSums> parts[2];
   __shared__ uint64_t bytes_arrived;
 
   ptx::grid_launch_dependents();
   const bool shared_row = kRows == 1 && slices.cluster > 1;
   const Team team{shared_row ? ptx::cluster_rank() : 0u, shared_row ? gridDim.x : 1u};
   const uint32_t arrived = ptx::smem_address(&bytes_arrived);
-  if constexpr (Source::kSums) sums.init();
-  for (auto& each : peaks) each.init();
+  for (auto& each : parts) each.init();
   if (shared_row) {
     if (threadIdx.x == 0) {
       ptx::barrier_init(arrived, 1);
@@ -101,18 +106,28 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     }
   }
   // Each thread's runs of the rows on their way; nobody else reads them.
+  const int ahead = kTwoAhead ? slices.ahead : 1;
   constexpr int kRunBytes = static_cast<int>(sizeof(Run));
   unsigned char* const stage = row_memory + slices.stage + threadIdx.x * kRunBytes;
-  const auto slot = [&](int input, int r, int v) {
-    return stage + ((input * kRows + r) * kVectors + v) * (kThreads * kRunBytes);
+  const auto slot = [&](uint32_t turn, int input, int r, int v) {
+    const uint32_t at = (turn & (ahead - 1u)) * kInputs + input;
+    return stage + ((at * kRows + r) * kVectors + v) * (kThreads * kRunBytes);
   };
   if constexpr (kStaged) {
     // What is not loaded shall not be NaN.
 #pragma unroll
-    for (int i = 0; i < kInputs * kRows * kVectors; ++i) {
-      *reinterpret_cast<Run*>(slot(0, 0, 0) + i * (kThreads * kRunBytes)) = Run{};
+    for (int i = 0; i < ahead * kInputs * kRows * kVectors; ++i) {
+      *reinterpret_cast<Run*>(stage + i * (kThreads * kRunBytes)) = Run{};
     }
   }
+  const int64_t m = p.m, step = int64_t{gridDim.y} * kRows, first_row = int64_t{blockIdx.y} * kRows;
+  const T* next[kInputs];  // what is loaded next
+#pragma unroll
+  for (int i = 0; i < kInputs; ++i) {
+    next[i] = source.input(i, first_row) + columns[0];
+    ptx::pin(next[i]);
+  }
+  if constexpr (kSums && kRows == 1) finish(held[0]);
   if (shared_row) {
     ptx::cluster_wait();
   } else {
@@ -120,90 +135,75 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   }
   ptx::grid_dependency_wait();
 
-  const int64_t m = p.m, step = int64_t{gridDim.y} * kRows;
-  const auto fetch = [&](int64_t row) {
+  const auto fetch = [&](uint32_t turn, int64_t row) {
+    const int rows = static_cast<int>(min(m - row, int64_t{kRows}));
 #pragma unroll
     for (int input = 0; input < kInputs; ++input) {
-      const T* from = source.input(input, row);
+      const T* from = next[input];
+      next[input] += step * source.stride(input);
 #pragma unroll
       for (int r = 0; r < kRows; ++r, from += source.stride(input)) {
-        if (row + r >= m) break;
+        if (r >= rows) break;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
           if (columns[v] >= min(end, k)) continue;
 #pragma unroll
           for (int i = 0; i < kRunBytes; i += 16) {
-            ptx::copy_async(ptx::smem_address(slot(input, r, v) + i),
-                            reinterpret_cast<const unsigned char*>(from + columns[v]) + i);
+            ptx::copy_async(
+                ptx::smem_address(slot(turn, input, r, v) + i),
+                reinterpret_cast<const unsigned char*>(from + (columns[v] - columns[0])) + i);
           }
         }
       }
     }
+    ptx::copy_async_commit();
   };
-  if constexpr (kStaged) fetch(int64_t{blockIdx.y} * kRows);
+  if constexpr (kStaged) {
+    fetch(0, first_row);
+    if (ahead == 2) fetch(1, first_row + step);
+  }
 
   uint32_t turn = 0;
-  for (int64_t row = int64_t{blockIdx.y} * kRows; row < m; row += step, ++turn) {
+  for (int64_t row = first_row; row < m; row += step, ++turn) {
     const int rows = kRows == 1 ? 1 : static_cast<int>(min(m - row, int64_t{kRows}));
-    Run in[kInputs][kRows][kVectors];
-    if constexpr (kStaged) ptx::copy_async_wait();
-#pragma unroll
-    for (int input = 0; input < kInputs; ++input) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          if constexpr (kStaged) {
-            in[input][r][v] = *reinterpret_cast<const Run*>(slot(input, r, v));
-          } else {
-            const T* from = source.input(input, row) + columns[v];
-            in[input][r][v] = load_columns<Reuse::kNever, kRegular>(from, min(end, k) - columns[v]);
-          }
-        }
-      }
+    if constexpr (kStaged) {
+      ahead == 2 ? ptx::copy_async_wait<1>() : ptx::copy_async_wait<0>();
     }
     typename Source::Kept kept[kRows][kVectors];
-    double squares[kRows] = {};
+    Found found[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        const bool owned = r < rows && (!kShares || shared_row || blockIdx.x == 0);
-        const int left = owned ? min(end, k) - columns[v] : 0;
-        Run both[kInputs];
+        const int left = min(end, k) - columns[v];
+        Run in[kInputs];
 #pragma unroll
-        for (int input = 0; input < kInputs; ++input) both[input] = in[input][r][v];
-        kept[r][v] = source.template take<kRegular>(both, row + r, columns[v], left, squares[r]);
+        for (int input = 0; input < kInputs; ++input) {
+          if constexpr (kStaged) {
+            in[input] = *reinterpret_cast<const Run*>(slot(turn, input, r, v));
+          } else {
+            const T* from = next[input] + (columns[v] - columns[0]);
+            in[input] = load_columns<Reuse::kNever, kRegular>(from, left);
+            if (v == kVectors - 1) next[input] += step * source.stride(input);
+          }
+        }
+        const bool owned = r < rows && (!kShares || shared_row || blockIdx.x == 0);
+        kept[r][v] = source.template take<kRegular>(in, row + r, columns[v], owned ? left : 0,
+                                                    held[v], found[r]);
       }
     }
 
     // Not before: copies that queue would hold up the arithmetic above.
-    if constexpr (kStaged) {
-      if (row + step < m) fetch(row + step);
-    }
+    if constexpr (kStaged) fetch(turn, row + ahead * step);
 
-    float factor[kRows] = {};
-    if constexpr (Source::kSums) {
-      spread_rows(source.factor(sum_rows(squares, team, sums, turn & 1)), factor);
+    const Found all = exchange(found, team, parts[turn & 1], turn >> 1 & 1);
+    float peak = __uint_as_float(all.peak), factor[kRows] = {};
+    if constexpr (kSums) {
+      const float mine = source.factor(all.squares);
+      peak = __fmul_rn(peak, mine);
+      spread_rows(mine, factor);
     }
-    const auto forget = [&] {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        if constexpr (Source::kSums) forget_derived(held[v]);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) forget_derived(kept[r][v]);
-      }
-    };
-    forget();
-    uint32_t peak[kRows] = {};
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        peak[r] = source.raise(peak[r], kept[r][v], factor[r], held[v]);
-      }
-    }
-    const float scale = scale_of(max_rows(peak, team, peaks[turn & 1], turn >> 1 & 1));
+    const float scale = scale_of(peak);
     constexpr unsigned kLanes = 32 / kRows;
     const unsigned of_row = threadIdx.x / kLanes;
     if (threadIdx.x % kLanes == 0 && blockIdx.x == 0 && of_row < static_cast<unsigned>(rows)) {
@@ -211,9 +211,10 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     }
     float inverse[kRows];
     spread_rows(__frcp_rn(scale), inverse);
-    forget();
     const auto quantised = [&](int r, int v, int i) {
-      return __fmul_rn(source.value(kept[r][v], i, factor[r], held[v]), inverse[r]);
+      float value = kept[r][v].get(i);
+      if constexpr (kSums) value = __fmul_rn(value, factor[r]);
+      return __fmul_rn(value, inverse[r]);
     };
     const auto bytes_of_row = [&](int r, int v) {
       uint32_t pairs[4];
@@ -320,12 +321,13 @@ void launch_held(const Source& source, const QuantizeArgs& rows, int cluster, St
   int64_t smem = rows.gather ? kRows * rows.y_stride : 0;
   int64_t groups = std::min<int64_t>((rows.m + kRows - 1) / kRows, kMaxGridRows);
   if constexpr (kRegular && kRows * kVectors > 1) {
+    constexpr int64_t kBytes = kStageBytes<Source, kRows, kVectors, kThreads>;
+    static_assert(kBytes + kNearColumns <= kMaxSmem);
+    if (cluster == 1) groups = std::min(groups, multiprocessors * kCtas);
+    const bool stays = groups * kRows < rows.m;
     slices.stage = static_cast<int>(smem);
-    smem += Source::kInputs * kRows * kVectors * kThreads *
-            static_cast<int64_t>(sizeof(Eight<typename Source::Element>));
-    if (cluster == 1) {
-      groups = std::min(groups, multiprocessors * kCtas);
-    }
+    slices.ahead = stays && smem + 2 * kBytes <= kMaxSmem / kCtas ? 2 : 1;
+    smem += slices.ahead * kBytes;
   }
   shape.grid = dim3(static_cast<unsigned>(ctas), static_cast<unsigned>(groups));
   shape.smem_bytes = static_cast<int>(smem);
@@ -344,16 +346,17 @@ void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, 
   const bool regular = rows.k % kColumns == 0 && rows.k <= kNearColumns && source.aligned &&
                        reinterpret_cast<uintptr_t>(rows.gather) % 16 == 0;
   if (regular && rows.m >= 2 * multiprocessors && columns <= kMost * kColumns) {
+    // Two vectors a thread: what a row costs each warp is worth more columns, and while one CTA
+    // waits for its warps, another computes.
     const bool narrow = columns <= kNarrow * kColumns;
     if constexpr (Source::kMaxRows >= 4) {
       if (rows.m >= 12 * multiprocessors) {
-        constexpr int kCtas = Source::kSums ? 1 : 2;  // norms want the registers
-        return narrow ? launch_held<Source, 4, 1, kNarrow, kCtas, true>(source, rows, 1, stream)
-                      : launch_held<Source, 4, 1, kMost, 1, true>(source, rows, 1, stream);
+        return narrow ? launch_held<Source, 4, 2, kNarrow / 2, 2, true>(source, rows, 1, stream)
+                      : launch_held<Source, 4, 2, kMost / 2, 1, true>(source, rows, 1, stream);
       }
     }
-    return narrow ? launch_held<Source, 2, 1, kNarrow, 2, true>(source, rows, 1, stream)
-                  : launch_held<Source, 2, 1, kMost, 1, true>(source, rows, 1, stream);
+    return narrow ? launch_held<Source, 2, 2, kNarrow / 2, 3, true>(source, rows, 1, stream)
+                  : launch_held<Source, 2, 2, kMost / 2, 2, true>(source, rows, 1, stream);
   }
   constexpr int64_t kLongest =
       kColumns * (Source::kMaxVectors >= 4 ? 4 * kWide : Source::kMaxVectors * kMost);

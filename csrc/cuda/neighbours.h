@@ -13,8 +13,10 @@ namespace spense::cuda {
 inline constexpr int64_t kMaxFusedColumns = 131072;
 
 //   s[i] = x[i], or x[i] + residual[i] rounded to the type of x and written to sum[i]
-//   r    = 1 / sqrt(float32(sum_i s[i]^2 in float64) / k + eps)
-//   v[i] = (s[i] * r) * w[i], w = weight or 1 + weight
+//   q    = sum of s[i]^2: in float32 of columns 8 j to 8 j + 7, as ((0 + 1) + (2 + 3)) +
+//          ((4 + 5) + (6 + 7)); of these in float64, rounded to float32 once
+//   r    = 1 / sqrt(q / k + eps)
+//   v[i] = (s[i] * w[i]) * r, w = weight or 1 + weight; |v[i]| is largest where |s[i] * w[i]| is
 struct NormArgs {
   QuantizeArgs rows;               // x is the input
   const void* residual = nullptr;  // [m, k] in the type of x, or null

@@ -5,27 +5,18 @@
 namespace spense::cuda {
 namespace {
 
-// |v| as float64, by integer steps: the conversion runs at an eighth of their rate. Zero and
-// subnormals become 2^-127 or more, whose square no float32 shows, infinity and NaN 2^128 or more,
-// whose square is infinity in float32.
-__device__ inline double magnitude(float v) {
-  constexpr uint32_t kBias = (1023 - 127) << 20;
-  const uint32_t bits = __float_as_uint(v) & 0x7FFFFFFFu;
-  return __hiloint2double(static_cast<int>((bits >> 3) + kBias), static_cast<int>(bits << 29));
-}
-
 template <typename T, typename W, bool kAdd>
 struct NormSource {
   const T *x, *residual;
   T* sum;
   const W* weight;
   int64_t x_stride, residual_stride, k;
-  float eps, offset;  // offset: of the weight
+  float eps, offset, count;  // offset: of the weight; count: k
   bool aligned;
 
   using Element = T;
-  using Kept = Eight<T>;
-  using Held = Eight<W>;
+  using Kept = Eight<float>;
+  using Held = Eight<float>;
   static constexpr int kInputs = kAdd ? 2 : 1;
   static constexpr bool kSums = true;
   static constexpr int kMaxRows = sizeof(T) == 2 ? 4 : 2;
@@ -37,13 +28,19 @@ struct NormSource {
   __device__ int64_t stride(int i) const { return i == 0 ? x_stride : residual_stride; }
   template <bool kRegular>
   __device__ Held hold(int c, int left) const {
-    return load_columns<Reuse::kOthers, kRegular>(weight + c, left);
+    const auto narrow = load_columns<Reuse::kOthers, kRegular>(weight + c, left);
+    Held wide;
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      wide.set_pair(i, __fadd_rn(offset, narrow.get(i)), __fadd_rn(offset, narrow.get(i + 1)));
+    }
+    return wide;
   }
 
   template <bool kRegular>
-  __device__ Kept take(const Eight<T> (&in)[kInputs], int64_t m, int c, int left,
-                       double& squares) const {
-    Kept s = in[0];
+  __device__ Kept take(const Eight<T> (&in)[kInputs], int64_t m, int c, int left, const Held& held,
+                       Found& found) const {
+    Eight<T> s = in[0];
     if constexpr (kAdd) {
       const Eight<T>& other = in[1];
 #pragma unroll
@@ -52,27 +49,22 @@ struct NormSource {
       }
       store_columns<kRegular>(sum + m * k + c, s, left);
     }
-    double both[2] = {squares, 0.0};
+    Kept weighted;
+    float squares[4];  // of pairs
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const double v = magnitude(s.get(i));
-      both[i % 2] = fma(v, v, both[i % 2]);
+    for (int i = 0; i < 8; i += 2) {
+      const float v[2] = {s.get(i), s.get(i + 1)};
+      weighted.set_pair(i, __fmul_rn(v[0], held.get(i)), __fmul_rn(v[1], held.get(i + 1)));
+      squares[i / 2] = __fadd_rn(__fmul_rn(v[0], v[0]), __fmul_rn(v[1], v[1]));
     }
-    squares = both[0] + both[1];
-    return s;
+    found.squares +=
+        __fadd_rn(__fadd_rn(squares[0], squares[1]), __fadd_rn(squares[2], squares[3]));
+    raise(found, weighted);
+    return weighted;
   }
-  __device__ float factor(double total) const {
-    const float mean = __fdiv_rn(static_cast<float>(total), static_cast<float>(k));
+  __device__ float factor(double squares) const {
+    const float mean = __fdiv_rn(static_cast<float>(squares), count);
     return __frcp_rn(__fsqrt_rn(__fadd_rn(mean, eps)));
-  }
-  __device__ float value(const Kept& s, int i, float r, const Held& held) const {
-    return __fmul_rn(__fmul_rn(s.get(i), r), __fadd_rn(offset, held.get(i)));
-  }
-  __device__ uint32_t raise(uint32_t peak, const Kept& s, float r, const Held& held) const {
-    float largest = __uint_as_float(peak);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) largest = ptx::larger_magnitude(largest, value(s, i, r, held));
-    return __float_as_uint(largest);
   }
 };
 
@@ -87,6 +79,7 @@ void run(const NormArgs& args, Stream stream) {
   source.x_stride = args.rows.x_stride;
   source.residual_stride = args.residual_stride;
   source.k = args.rows.k;
+  source.count = static_cast<float>(source.k);
   source.eps = args.eps;
   source.offset = args.unit_offset ? 1.0f : -0.0f;  // -0 + w is w, sign of zero and all
   source.aligned =

@@ -35,15 +35,12 @@ struct PlainSource : Weightless {
   __device__ const T* input(int, int64_t m) const { return x + m * x_stride; }
   __device__ int64_t stride(int) const { return x_stride; }
   template <bool>
-  __device__ Kept take(const Eight<T> (&in)[1], int64_t, int, int, double&) const {
-    return in[0];
-  }
-  __device__ float value(const Kept& kept, int i, float, Held) const { return kept.get(i); }
-  __device__ uint32_t raise(uint32_t peak, const Kept& kept, float, Held) const {
+  __device__ Kept take(const Eight<T> (&in)[1], int64_t, int, int, Held, Found& found) const {
     uint32_t largest = 0;
 #pragma unroll
-    for (const uint32_t word : kept.words) largest = larger<T>(largest, word);
-    return max(peak, float_bits<T>(largest));
+    for (const uint32_t word : in[0].words) largest = larger<T>(largest, word);
+    found.peak = max(found.peak, float_bits<T>(largest));
+    return in[0];
   }
 };
 
@@ -53,22 +50,22 @@ constexpr int kLongThreads = 512;
 template <typename T>
 __global__ void __launch_bounds__(kLongThreads)
     quantize_long_rows(const PlainSource<T> source, const QuantizeArgs p) {
-  __shared__ Parts<uint32_t, 1> peaks;
+  __shared__ Parts<1, false> parts;
   ptx::grid_launch_dependents();
-  peaks.init();
+  parts.init();
   __syncthreads();
   ptx::grid_dependency_wait();
   const int64_t row = blockIdx.y;
   const T* x = source.input(0, row);
   const int k = static_cast<int>(p.k), stride = kLongThreads * kColumns;
   const int first = static_cast<int>(threadIdx.x) * kColumns;
-  uint32_t peak[1] = {};
+  Found found[1] = {};
   for (int c = first; c < k; c += stride) {
-    const auto kept = load_columns<Reuse::kOthers, false>(x + c, k - c);
-    peak[0] = source.raise(peak[0], kept, 1.0f, {});
+    const Eight<T> in[1] = {load_columns<Reuse::kOthers, false>(x + c, k - c)};
+    source.template take<false>(in, row, c, k - c, {}, found[0]);
   }
-  const float scale = scale_of(max_rows(peak, Team{0, 1}, peaks, 0)), inverse = __frcp_rn(scale);
-
+  const Found all = exchange(found, Team{0, 1}, parts, 0);
+  const float scale = scale_of(__uint_as_float(all.peak)), inverse = __frcp_rn(scale);
   if (threadIdx.x == 0) p.scale[row] = scale;
   for (int c = first; c < static_cast<int>(p.y_stride); c += stride) {
     uint32_t pairs[kColumns / 2];

@@ -59,11 +59,11 @@ __device__ WidePlaces read_gather(const QuantizeArgs& p, int c) {
   return wide;
 }
 
-// Of a row whose largest |v| has these bits. NaN where that is not finite, and a NaN as factor
-// makes all bytes 0x7F.
-__device__ inline float scale_of(uint32_t peak) {
-  if (peak >= kInfinityBits) return __uint_as_float(kNanBits);
-  return fmaxf(__uint_as_float(peak), 1e-12f) * (1.0f / 448.0f);
+// Of a row with this largest |v|. NaN where that is not finite, and a NaN as factor makes all bytes
+// 0x7F.
+__device__ inline float scale_of(float peak) {
+  if (!(peak < __uint_as_float(kInfinityBits))) return __uint_as_float(kNanBits);
+  return fmaxf(peak, 1e-12f) * (1.0f / 448.0f);
 }
 
 __device__ inline uint32_t fp8_pair(float low, float high) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums and maxima over the threads of one or several rows: a CTA, or a cluster of CTAs that share
+// Sum and maximum over the threads of one or several rows: a CTA, or a cluster of CTAs that share
 // the columns of one row. Every warp tells its part to all CTAs, then one barrier, then every warp
-// adds up all parts, in the same order everywhere.
+// combines all parts, in the same order everywhere.
 #pragma once
 
 #include "cuda/rows.cuh"
@@ -18,37 +18,60 @@ struct Team {
   uint32_t rank, size;  // of the cluster
 };
 
-// Parts of kRows rows; only the threads of a single row span a cluster. Other CTAs' parts come as
-// asynchronous stores that an mbarrier counts: a cluster barrier that orders plain stores costs a
-// fence of all memory.
-template <typename V, int kRows>
+// Of columns of a row: sum of squares, bits of the largest magnitude.
+struct Found {
+  double squares;
+  uint32_t peak;
+};
+
+__device__ inline void raise(Found& found, const Eight<float>& v) {
+  float largest = __uint_as_float(found.peak);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) largest = ptx::larger_magnitude(largest, v.get(i));
+  found.peak = __float_as_uint(largest);
+}
+
+// What warps found in kRows rows; only the threads of a single row span a cluster. Other CTAs'
+// parts come as asynchronous stores that an mbarrier counts: a cluster barrier that orders plain
+// stores costs a fence of all memory.
+template <int kRows, bool kSums>
 struct Parts {
   static constexpr int kSlots = kRows == 1 ? kMaxCluster * kMaxWarps : kMaxWarps;
-  V of_warp[kRows][kSlots];
+  static constexpr int kSumSlots = kSums ? kRows * kSlots : 1;
+  double squares[kSumSlots];
+  uint32_t peaks[kRows * kSlots];
   uint64_t arrived;
 
   // By all threads, and a barrier after it.
   __device__ void init() {
-    for (int i = threadIdx.x; i < kRows * kSlots; i += blockDim.x) of_warp[0][i] = {};
+    for (int i = threadIdx.x; i < kSumSlots; i += blockDim.x) squares[i] = 0.0;
+    for (int i = threadIdx.x; i < kRows * kSlots; i += blockDim.x) peaks[i] = 0;
     if (threadIdx.x == 0) ptx::barrier_init(ptx::smem_address(&arrived), 1);
   }
 
-  // A warp's part of a row. `first`: whether this lane is the one to pass it on in a CTA; in a
-  // cluster lane i passes it to CTA i.
-  __device__ void put(const Team& team, int row, bool first, V v) {
+  // A warp's part of row lane / (32 / kRows). In a cluster lane i passes it to CTA i.
+  __device__ void put(const Team& team, const Found& found) {
+    constexpr int kLanes = 32 / kRows;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (kRows > 1 || team.size == 1) {
-      if (first) of_warp[row][warp] = v;
+      if (lane % kLanes != 0) return;
+      if constexpr (kSums) squares[lane / kLanes * kSlots + warp] = found.squares;
+      peaks[lane / kLanes * kSlots + warp] = found.peak;
       return;
     }
-    const uint32_t barrier = ptx::smem_address(&arrived);
-    const uint32_t to = ptx::smem_address(&of_warp[0][team.rank * kMaxWarps + warp]);
+    const uint32_t slot = team.rank * kMaxWarps + warp, barrier = ptx::smem_address(&arrived);
     if (threadIdx.x == 0) {
-      const uint32_t warps = team.size * (blockDim.x / 32);
-      ptx::barrier_arrive_expect(barrier, warps * static_cast<uint32_t>(sizeof(V)));
+      constexpr uint32_t kBytes = sizeof(uint32_t) + (kSums ? sizeof(double) : 0);
+      ptx::barrier_arrive_expect(barrier, team.size * (blockDim.x / 32) * kBytes);
     }
     if (lane < team.size) {
-      ptx::store_async(ptx::remote_address(to, lane), v, ptx::remote_address(barrier, lane));
+      const uint32_t there = ptx::remote_address(barrier, lane);
+      if constexpr (kSums) {
+        const uint32_t to = ptx::smem_address(&squares[slot]);
+        ptx::store_async(ptx::remote_address(to, lane), found.squares, there);
+      }
+      const uint32_t to = ptx::smem_address(&peaks[slot]);
+      ptx::store_async(ptx::remote_address(to, lane), found.peak, there);
     }
   }
   __device__ void wait(const Team& team, uint32_t phase) {
@@ -61,41 +84,40 @@ struct Parts {
 
   // Combines the parts of row lane / (32 / kRows) that this lane has to; its neighbours do the
   // rest.
-  template <typename Combine>
-  __device__ V collect(const Team& team, Combine combine) const {
+  __device__ Found collect(const Team& team) const {
     constexpr int kLanes = 32 / kRows;
-    const int lane = threadIdx.x % 32;
-    const V* parts = of_warp[lane / kLanes] + lane % kLanes;
-    V all = parts[0];  // zero where there is no such warp
-#pragma unroll
-    for (int i = 1; i < kRows; ++i) all = combine(all, parts[i * kLanes]);
-    if constexpr (kRows == 1) {
-      for (uint32_t cta = 1; cta < team.size; ++cta) all = combine(all, parts[cta * kMaxWarps]);
+    const int lane = threadIdx.x % 32, row = lane / kLanes * kSlots;
+    const int count = kRows == 1 ? static_cast<int>(team.size) : kRows;
+    constexpr int kStep = kRows == 1 ? kMaxWarps : kLanes;
+    Found all = {};  // as is a part where there is no such warp
+#pragma unroll(kRows == 1 ? 1 : kRows)
+    for (int i = 0; i < count; ++i) {
+      const int slot = row + i * kStep + lane % kLanes;
+      if constexpr (kSums) all.squares += squares[slot];
+      all.peak = max(all.peak, peaks[slot]);
     }
     return all;
   }
 };
 
-// Every lane gets the combination over the lanes of its row.
-template <int kRows, typename V, typename Combine>
-__device__ V combine_lanes(V v, Combine combine) {
+// Every lane gets the sum over the lanes of its row.
+template <int kRows>
+__device__ double add_lanes(double v) {
 #pragma unroll
-  for (int step = 16 / kRows; step > 0; step /= 2) {
-    v = combine(v, __shfl_xor_sync(~0u, v, step));
-  }
+  for (int step = 16 / kRows; step > 0; step /= 2) v += __shfl_xor_sync(~0u, v, step);
   return v;
 }
 
-// Sums of all rows. A lane gets that of row lane / (32 / kRows).
+// Sums over a warp, of row lane / (32 / kRows).
 template <int kRows>
-__device__ double sum_rows(double (&v)[kRows], const Team& team, Parts<double, kRows>& parts,
-                           uint32_t phase) {
-  constexpr int kLanes = 32 / kRows;  // of a row
-  const int lane = threadIdx.x % 32;
+__device__ double add_rows(const Found (&found)[kRows]) {
+  double v[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) v[r] = found[r].squares;
   // Halves of the warp exchange rows, so that the shuffles are hardly more than for one row.
 #pragma unroll
   for (int rows = kRows, step = 16; rows > 1; rows /= 2, step /= 2) {
-    const bool upper = lane & step;
+    const bool upper = threadIdx.x & step;
 #pragma unroll
     for (int i = 0; i < rows / 2; ++i) {
       const double kept = upper ? v[i + rows / 2] : v[i];
@@ -103,25 +125,33 @@ __device__ double sum_rows(double (&v)[kRows], const Team& team, Parts<double, k
       v[i] = kept + __shfl_xor_sync(~0u, given, step);
     }
   }
-  const auto add = [](double a, double b) { return a + b; };
-  parts.put(team, lane / kLanes, lane % kLanes == 0, combine_lanes<kRows>(v[0], add));
-  parts.wait(team, phase);
-  return combine_lanes<kRows>(parts.collect(team, add), add);
+  return add_lanes<kRows>(v[0]);
 }
 
-// Maxima of all rows, to lanes as above.
-template <int kRows>
-__device__ uint32_t max_rows(const uint32_t (&v)[kRows], const Team& team,
-                             Parts<uint32_t, kRows>& parts, uint32_t phase) {
-  const auto larger = [](uint32_t a, uint32_t b) { return max(a, b); };
+// What all threads found in row lane / (32 / kRows).
+template <int kRows, bool kSums>
+__device__ Found exchange(const Found (&found)[kRows], const Team& team, Parts<kRows, kSums>& parts,
+                          uint32_t phase) {
+  Found mine = {};
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    parts.put(team, r, threadIdx.x % 32 == 0, __reduce_max_sync(~0u, v[r]));
+    const uint32_t peak = __reduce_max_sync(~0u, found[r].peak);
+    if (r == 0 || threadIdx.x % 32 / (32 / kRows) == static_cast<unsigned>(r)) mine.peak = peak;
   }
+  if constexpr (kSums) mine.squares = add_rows(found);
+  parts.put(team, mine);
   parts.wait(team, phase);
-  const uint32_t peak = parts.collect(team, larger);
-  if constexpr (kRows == 1) return __reduce_max_sync(~0u, peak);
-  return combine_lanes<kRows>(peak, larger);
+  Found all = parts.collect(team);
+  if constexpr (kSums) all.squares = add_lanes<kRows>(all.squares);
+  if constexpr (kRows == 1) {
+    all.peak = __reduce_max_sync(~0u, all.peak);
+  } else {
+#pragma unroll
+    for (int step = 16 / kRows; step > 0; step /= 2) {
+      all.peak = max(all.peak, __shfl_xor_sync(~0u, all.peak, step));
+    }
+  }
+  return all;
 }
 
 // v of all rows, from lanes as above.

@@ -14,7 +14,7 @@
 namespace spense::cuda {
 namespace {
 
-constexpr int kMaxSmem = 220 * 1024;
+constexpr int kMaxSmem = 216 * 1024;
 constexpr int64_t kMaxGridRows = 65535;  // of grid.y
 constexpr uint32_t kInfinityBits = 0x7F800000u;
 constexpr uint32_t kNanBits = 0x7FC00000u;
@@ -116,9 +116,9 @@ __device__ void store_columns(T* to, Eight<T> v, int left) {
   }
 }
 
-// Makes the compiler compute anew what it derived from v, rather than keep that in registers.
+// Makes the compiler compute v here, not where it is used.
 template <typename T>
-__device__ void forget_derived(Eight<T>& v) {
+__device__ void finish(Eight<T>& v) {
 #pragma unroll
   for (uint32_t& word : v.words) ptx::pin(word);
 }

@@ -211,6 +211,10 @@ __device__ __forceinline__ void mma_wait() {
 // Keeps the compiler from moving uses of the registers across this point, or reusing them before.
 __device__ __forceinline__ void pin(float& v) { asm volatile("" : "+f"(v)::"memory"); }
 __device__ __forceinline__ void pin(uint32_t& v) { asm volatile("" : "+r"(v)::"memory"); }
+template <typename V>
+__device__ __forceinline__ void pin(const V*& v) {
+  asm volatile("" : "+l"(v)::"memory");
+}
 template <typename V, int kCount>
 __device__ __forceinline__ void pin(V (&values)[kCount]) {
 #pragma unroll

@@ -12,7 +12,7 @@ from spense_kernels.layout import FP8_MAX
 from spense_kernels.quant import AMAX_FLOOR, fp8_to_float
 
 # Relative error of v, before it is quantised.
-NORM_ERROR = 2.0**-21  # q, q / K, + eps, sqrt (halves), 1 /, x * r, 1 + w, * w: under 8 roundings
+NORM_ERROR = 9 * 2.0**-24  # p four, q, q / K, + eps (halves); sqrt, 1 /, 1 + w, x * w, * r
 GATED_ERROR = 2.0**-15  # as the ops say
 SCALE_ERROR = 2.0**-22  # * (1 / 448), 1 / scale, v * that: three roundings and that of 1 / 448
 

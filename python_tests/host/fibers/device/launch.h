@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdio>
+#include <cstdlib>
 
+#include "cuda/rows.cuh"
 #include "device/stream.h"
 #include "fibers.h"
 
@@ -20,6 +22,7 @@ template <typename... Args>
 void launch(void (*kernel)(Args...), const LaunchShape& shape, Stream, const Args&... args) {
   std::printf("grid %u x %u, %u threads, cluster %d, %d bytes\n", shape.grid.x, shape.grid.y,
               shape.block.x, shape.cluster, shape.smem_bytes);
+  if (shape.smem_bytes > kMaxSmem) std::exit(5);  // as a launch would fail
   fibers::run_grid(shape.grid, shape.block, shape.cluster, [&] { kernel(args...); });
 }
 

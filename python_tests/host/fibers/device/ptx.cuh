@@ -15,7 +15,8 @@ inline uint32_t smem_address(const void* pointer) {
   const auto* base = static_cast<const char*>(__builtin_thread_pointer());
   return static_cast<uint32_t>(static_cast<const char*>(pointer) - base + kBias);
 }
-inline void pin(uint32_t&) {}
+template <typename V>
+inline void pin(V&) {}
 inline void grid_dependency_wait() {}
 inline void grid_launch_dependents() {}
 inline uint32_t cluster_rank() { return fibers::cta->rank; }

@@ -29,6 +29,8 @@ inline void copy_async(uint32_t smem, const void* global) {
   char* base = static_cast<char*>(__builtin_thread_pointer());
   std::memcpy(base + (static_cast<int64_t>(smem) - kBias), global, 16);
 }
+inline void copy_async_commit() {}
+template <int>
 inline void copy_async_wait() {}
 inline float larger_magnitude(float peak, float v) {
   v = std::fabs(v);
