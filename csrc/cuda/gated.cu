@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // silu_mul_quantize and gelu_mul_quantize. Powers of two and quotients are the hardware's
 // approximations: relative error of v below 2^-15, mostly from the rounding of the exponent.
-#include "cuda/held_rows.cuh"
+#include "cuda/launch_rows.cuh"
 
 namespace spense::cuda {
 namespace {
@@ -34,22 +34,23 @@ struct GatedSource : Weightless {
   static constexpr int kInputs = 2;
   static constexpr int kMaxRows = 2;
   static constexpr int kMaxVectors = sizeof(T) == 2 ? 4 : 2;
+  static constexpr int kManyVectors = 1;
 
   __device__ const T* input(int i, int64_t m) const {
     return i == 0 ? gate + m * gate_stride : up + m * up_stride;
   }
   __device__ int64_t stride(int i) const { return i == 0 ? gate_stride : up_stride; }
   template <bool>
-  __device__ Kept take(const Eight<T> (&in)[2], int64_t, int, int, Held, Found& found) const {
+  __device__ Kept take(const Eight<T> (&in)[2], int64_t, int, int, Held, double&) const {
     Kept product;
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
       product.set_pair(i, activate<kActivation>(in[0].get(i)) * in[1].get(i),
                        activate<kActivation>(in[0].get(i + 1)) * in[1].get(i + 1));
     }
-    raise(found, product);
     return product;
   }
+  __device__ void raise(uint32_t& peak, const Kept& kept) const { raise_floats(peak, kept); }
 };
 
 template <typename T, Activation kActivation>

@@ -12,10 +12,12 @@
 //   Element, Kept, Held       element of the inputs; what stays of 8 columns of a row, of a weight
 //   kInputs, kSums            their number; whether rows have a factor that follows from squares
 //   kMaxRows, kMaxVectors     what the registers hold
+//   kManyVectors              vectors of a thread where there are many rows
 //   input(i, m), stride(i)    row m of an input, elements between rows
 //   aligned                   whether rows of inputs and weights start at multiples of 16 bytes
 //   hold(c, left)             weights of 8 columns, which no kernel before writes
-//   take(in, m, c, left, held, found)   what to keep of 8 columns, of which `left` exist
+//   take(in, m, c, left, held, squares)   what to keep of 8 columns, of which `left` exist
+//   raise(peak, kept)         bits of the largest |kept|
 //   factor(squares)           of the row, not negative: v = kept * factor, and that of the largest
 //                             |kept| is the largest |v|
 #pragma once
@@ -23,13 +25,9 @@
 #include "cuda/neighbours.h"
 #include "cuda/row_bytes.cuh"
 #include "cuda/row_exchange.cuh"
-#include "device/launch.h"
 
 namespace spense::cuda {
 namespace {
-
-constexpr int kSliceStep = 128;  // slices are multiples of this many columns
-constexpr int64_t kNearColumns = 1 << 16;
 
 // Of a Source without weights, whose rows need no factor.
 struct Weightless {
@@ -55,6 +53,10 @@ template <typename Source, int kRows, int kVectors, int kThreads>
 constexpr int kStageBytes =
     Source::kInputs * kRows * kVectors * kThreads * sizeof(Eight<typename Source::Element>);
 
+// Turns that rows are loaded ahead, where there is room.
+template <int kRows, int kVectors>
+constexpr int kAhead = kRows > 1 && kVectors > 1 ? 2 : 1;
+
 extern __shared__ __align__(16) unsigned char row_memory[];
 
 // kRegular: whole, aligned runs of 8 columns, and places of a gather in 16 bits.
@@ -66,13 +68,13 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   constexpr int kInputs = Source::kInputs;
   constexpr bool kStaged = kRegular && kRows * kVectors > 1;  // rows come through shared memory
   static_assert(kRegular || kRows == 1);
-  constexpr bool kTwoAhead = 2 * kStageBytes<Source, kRows, kVectors, kThreads> * kCtas < kMaxSmem;
   constexpr bool kSums = Source::kSums;
   __shared__ Parts<kRows, kSums> parts[2];
   __shared__ uint64_t bytes_arrived;
 
   ptx::grid_launch_dependents();
-  const bool shared_row = kRows == 1 && slices.cluster > 1;
+  // Three CTAs an SM have no registers for what clusters need.
+  const bool shared_row = kRows == 1 && kCtas < 3 && slices.cluster > 1;
   const Team team{shared_row ? ptx::cluster_rank() : 0u, shared_row ? gridDim.x : 1u};
   const uint32_t arrived = ptx::smem_address(&bytes_arrived);
   for (auto& each : parts) each.init();
@@ -106,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     }
   }
   // Each thread's runs of the rows on their way; nobody else reads them.
-  const int ahead = kTwoAhead ? slices.ahead : 1;
+  const int ahead = kAhead<kRows, kVectors> > 1 ? slices.ahead : 1;
   constexpr int kRunBytes = static_cast<int>(sizeof(Run));
   unsigned char* const stage = row_memory + slices.stage + threadIdx.x * kRunBytes;
   const auto slot = [&](uint32_t turn, int input, int r, int v) {
@@ -121,11 +123,13 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     }
   }
   const int64_t m = p.m, step = int64_t{gridDim.y} * kRows, first_row = int64_t{blockIdx.y} * kRows;
-  const T* next[kInputs];  // what is loaded next
+  const T* next[kInputs];  // what is loaded next, unless through shared memory
+  if constexpr (!kStaged) {
 #pragma unroll
-  for (int i = 0; i < kInputs; ++i) {
-    next[i] = source.input(i, first_row) + columns[0];
-    ptx::pin(next[i]);
+    for (int i = 0; i < kInputs; ++i) {
+      next[i] = source.input(i, first_row) + columns[0];
+      ptx::pin(next[i]);
+    }
   }
   if constexpr (kSums && kRows == 1) finish(held[0]);
   if (shared_row) {
@@ -136,65 +140,81 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   ptx::grid_dependency_wait();
 
   const auto fetch = [&](uint32_t turn, int64_t row) {
-    const int rows = static_cast<int>(min(m - row, int64_t{kRows}));
 #pragma unroll
     for (int input = 0; input < kInputs; ++input) {
-      const T* from = next[input];
-      next[input] += step * source.stride(input);
+      const T* from = source.input(input, row);
 #pragma unroll
       for (int r = 0; r < kRows; ++r, from += source.stride(input)) {
-        if (r >= rows) break;
+        if (row + r >= m) break;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
           if (columns[v] >= min(end, k)) continue;
 #pragma unroll
           for (int i = 0; i < kRunBytes; i += 16) {
-            ptx::copy_async(
-                ptx::smem_address(slot(turn, input, r, v) + i),
-                reinterpret_cast<const unsigned char*>(from + (columns[v] - columns[0])) + i);
+            ptx::copy_async(ptx::smem_address(slot(turn, input, r, v) + i),
+                            reinterpret_cast<const unsigned char*>(from + columns[v]) + i);
           }
         }
       }
     }
-    ptx::copy_async_commit();
   };
   if constexpr (kStaged) {
     fetch(0, first_row);
-    if (ahead == 2) fetch(1, first_row + step);
+    if (ahead == 2) {
+      ptx::copy_async_commit();
+      fetch(1, first_row + step);
+    }
   }
 
   uint32_t turn = 0;
   for (int64_t row = first_row; row < m; row += step, ++turn) {
     const int rows = kRows == 1 ? 1 : static_cast<int>(min(m - row, int64_t{kRows}));
     if constexpr (kStaged) {
+      ptx::copy_async_commit();
       ahead == 2 ? ptx::copy_async_wait<1>() : ptx::copy_async_wait<0>();
     }
+    Run in[kRows][kVectors][kInputs];
     typename Source::Kept kept[kRows][kVectors];
     Found found[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        const int left = min(end, k) - columns[v];
-        Run in[kInputs];
 #pragma unroll
         for (int input = 0; input < kInputs; ++input) {
           if constexpr (kStaged) {
-            in[input] = *reinterpret_cast<const Run*>(slot(turn, input, r, v));
+            in[r][v][input] = *reinterpret_cast<const Run*>(slot(turn, input, r, v));
           } else {
             const T* from = next[input] + (columns[v] - columns[0]);
-            in[input] = load_columns<Reuse::kNever, kRegular>(from, left);
+            in[r][v][input] = load_columns<Reuse::kNever, kRegular>(from, min(end, k) - columns[v]);
             if (v == kVectors - 1) next[input] += step * source.stride(input);
           }
         }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
         const bool owned = r < rows && (!kShares || shared_row || blockIdx.x == 0);
-        kept[r][v] = source.template take<kRegular>(in, row + r, columns[v], owned ? left : 0,
-                                                    held[v], found[r]);
+        const int left = owned ? min(end, k) - columns[v] : 0;
+        kept[r][v] = source.template take<kRegular>(in[r][v], row + r, columns[v], left, held[v],
+                                                    found[r].squares);
       }
     }
 
     // Not before: copies that queue would hold up the arithmetic above.
-    if constexpr (kStaged) fetch(turn, row + ahead * step);
+    if constexpr (kStaged) {
+      if (row + ahead * step < m) fetch(turn, row + ahead * step);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if constexpr (kStaged) finish(kept[r][v]);
+        source.raise(found[r].peak, kept[r][v]);
+      }
+    }
 
     const Found all = exchange(found, team, parts[turn & 1], turn >> 1 & 1);
     float peak = __uint_as_float(all.peak), factor[kRows] = {};
@@ -293,93 +313,6 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     }
     if (shared_row) ptx::cluster_wait();  // others have got what this CTA gives
   }
-}
-
-template <typename Source, int kRows, int kVectors, int kThreads, int kCtas, bool kRegular>
-void launch_held(const Source& source, const QuantizeArgs& rows, int cluster, Stream stream) {
-  constexpr int64_t kLeastOutputs = 1024;
-  const int64_t steps = rows.y_stride / kSliceStep;
-  Slices slices;
-  slices.cluster = cluster;
-  slices.width = static_cast<int>((steps + cluster - 1) / cluster * kSliceStep);
-  slices.outputs = slices.width;
-  const int64_t multiprocessors = device_info().multiprocessors;
-  int64_t ctas = cluster;  // of a row
-  constexpr bool kShares = kRows * kVectors == 1;
-  if (kShares && cluster == 1 && rows.gather) {
-    // Random reads of shared memory take their time, but so does reading a row several times.
-    constexpr int64_t kIdle = 8;  // multiprocessors without work for each CTA
-    ctas = std::clamp<int64_t>(multiprocessors / (kIdle * rows.m), 1,
-                               slices.width / kLeastOutputs + 1);
-    slices.outputs = static_cast<int>((steps + ctas - 1) / ctas * kSliceStep);
-  }
-  LaunchShape shape;
-  const int64_t vectors = slices.width / kColumns;
-  shape.block = dim3(static_cast<unsigned>(((vectors + kVectors - 1) / kVectors + 31) / 32 * 32));
-  shape.cluster = cluster;
-  shape.dependent = true;
-  int64_t smem = rows.gather ? kRows * rows.y_stride : 0;
-  int64_t groups = std::min<int64_t>((rows.m + kRows - 1) / kRows, kMaxGridRows);
-  if constexpr (kRegular && kRows * kVectors > 1) {
-    constexpr int64_t kBytes = kStageBytes<Source, kRows, kVectors, kThreads>;
-    static_assert(kBytes + kNearColumns <= kMaxSmem);
-    if (cluster == 1) groups = std::min(groups, multiprocessors * kCtas);
-    const bool stays = groups * kRows < rows.m;
-    slices.stage = static_cast<int>(smem);
-    slices.ahead = stays && smem + 2 * kBytes <= kMaxSmem / kCtas ? 2 : 1;
-    smem += slices.ahead * kBytes;
-  }
-  shape.grid = dim3(static_cast<unsigned>(ctas), static_cast<unsigned>(groups));
-  shape.smem_bytes = static_cast<int>(smem);
-  auto* kernel = &quantize_held_rows<Source, kRows, kVectors, kThreads, kCtas, kRegular>;
-  if (smem > 40 * 1024) allow_smem(kernel, kMaxSmem);  // 48 KiB are free, with the static part
-  launch(kernel, shape, stream, source, rows, slices);
-}
-
-// `least`: columns that are worth a CTA of their own.
-template <typename Source>
-void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, Stream stream) {
-  if (rows.m == 0) return;
-  constexpr int kMost = 1024, kNarrow = 640;  // threads of a CTA; of one of two an SM
-  constexpr int kWide = 896;                  // threads that have registers for four vectors
-  const int64_t multiprocessors = device_info().multiprocessors, columns = rows.y_stride;
-  const bool regular = rows.k % kColumns == 0 && rows.k <= kNearColumns && source.aligned &&
-                       reinterpret_cast<uintptr_t>(rows.gather) % 16 == 0;
-  if (regular && rows.m >= 2 * multiprocessors && columns <= kMost * kColumns) {
-    // Two vectors a thread: what a row costs each warp is worth more columns, and while one CTA
-    // waits for its warps, another computes.
-    const bool narrow = columns <= kNarrow * kColumns;
-    if constexpr (Source::kMaxRows >= 4) {
-      if (rows.m >= 12 * multiprocessors) {
-        return narrow ? launch_held<Source, 4, 2, kNarrow / 2, 2, true>(source, rows, 1, stream)
-                      : launch_held<Source, 4, 2, kMost / 2, 1, true>(source, rows, 1, stream);
-      }
-    }
-    return narrow ? launch_held<Source, 2, 2, kNarrow / 2, 3, true>(source, rows, 1, stream)
-                  : launch_held<Source, 2, 2, kMost / 2, 2, true>(source, rows, 1, stream);
-  }
-  constexpr int64_t kLongest =
-      kColumns * (Source::kMaxVectors >= 4 ? 4 * kWide : Source::kMaxVectors * kMost);
-  static_assert(kMaxFusedColumns <= kMaxCluster * kLongest);
-  int cluster = 1;
-  const auto width = [&] { return (columns / kSliceStep + cluster - 1) / cluster * kSliceStep; };
-  const auto pays = [&] {
-    // Large clusters want room beside them.
-    const int64_t room = 2 * cluster == kMaxCluster ? multiprocessors / 2 : multiprocessors;
-    return width() > least && 2 * cluster * rows.m <= room;
-  };
-  while (cluster < kMaxCluster && (width() > kLongest || pays())) cluster *= 2;
-  const auto go = [&]<int kVectors, int kThreads, int kCtas>() {
-    regular
-        ? launch_held<Source, 1, kVectors, kThreads, kCtas, true>(source, rows, cluster, stream)
-        : launch_held<Source, 1, kVectors, kThreads, kCtas, false>(source, rows, cluster, stream);
-  };
-  if (width() <= kColumns * kNarrow) return go.template operator()<1, kNarrow, 2>();
-  if (width() <= kColumns * kMost) return go.template operator()<1, kMost, 1>();
-  if (Source::kMaxVectors < 4 || width() <= 2 * kColumns * kMost) {
-    return go.template operator()<2, kMost, 1>();
-  }
-  if constexpr (Source::kMaxVectors >= 4) go.template operator()<4, kWide, 1>();
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // rms_norm_quantize and add_rms_norm_quantize.
-#include "cuda/held_rows.cuh"
+#include "cuda/launch_rows.cuh"
 
 namespace spense::cuda {
 namespace {
@@ -15,12 +15,13 @@ struct NormSource {
   bool aligned;
 
   using Element = T;
-  using Kept = Eight<float>;
+  using Kept = Eight<float>;  // x * w
   using Held = Eight<float>;
   static constexpr int kInputs = kAdd ? 2 : 1;
   static constexpr bool kSums = true;
   static constexpr int kMaxRows = sizeof(T) == 2 ? 4 : 2;
   static constexpr int kMaxVectors = 2;
+  static constexpr int kManyVectors = 1;
 
   __device__ const T* input(int i, int64_t m) const {
     return i == 0 ? x + m * x_stride : residual + m * residual_stride;
@@ -39,7 +40,7 @@ struct NormSource {
 
   template <bool kRegular>
   __device__ Kept take(const Eight<T> (&in)[kInputs], int64_t m, int c, int left, const Held& held,
-                       Found& found) const {
+                       double& sum_of_squares) const {
     Eight<T> s = in[0];
     if constexpr (kAdd) {
       const Eight<T>& other = in[1];
@@ -57,11 +58,11 @@ struct NormSource {
       weighted.set_pair(i, __fmul_rn(v[0], held.get(i)), __fmul_rn(v[1], held.get(i + 1)));
       squares[i / 2] = __fadd_rn(__fmul_rn(v[0], v[0]), __fmul_rn(v[1], v[1]));
     }
-    found.squares +=
+    sum_of_squares +=
         __fadd_rn(__fadd_rn(squares[0], squares[1]), __fadd_rn(squares[2], squares[3]));
-    raise(found, weighted);
     return weighted;
   }
+  __device__ void raise(uint32_t& peak, const Kept& kept) const { raise_floats(peak, kept); }
   __device__ float factor(double squares) const {
     const float mean = __fdiv_rn(static_cast<float>(squares), count);
     return __frcp_rn(__fsqrt_rn(__fadd_rn(mean, eps)));

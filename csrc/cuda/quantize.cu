@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // quantize_fp8: rows as they are, held in registers; rows too long for that are read twice.
-#include "cuda/held_rows.cuh"
+#include "cuda/launch_rows.cuh"
 
 namespace spense::cuda {
 namespace {
@@ -31,16 +31,19 @@ struct PlainSource : Weightless {
   static constexpr int kInputs = 1;
   static constexpr int kMaxRows = sizeof(T) == 2 ? 4 : 2;
   static constexpr int kMaxVectors = 4;
+  static constexpr int kManyVectors = 2;  // so that one CTA computes while another waits
 
   __device__ const T* input(int, int64_t m) const { return x + m * x_stride; }
   __device__ int64_t stride(int) const { return x_stride; }
   template <bool>
-  __device__ Kept take(const Eight<T> (&in)[1], int64_t, int, int, Held, Found& found) const {
+  __device__ Kept take(const Eight<T> (&in)[1], int64_t, int, int, Held, double&) const {
+    return in[0];
+  }
+  __device__ void raise(uint32_t& peak, const Kept& kept) const {
     uint32_t largest = 0;
 #pragma unroll
-    for (const uint32_t word : in[0].words) largest = larger<T>(largest, word);
-    found.peak = max(found.peak, float_bits<T>(largest));
-    return in[0];
+    for (const uint32_t word : kept.words) largest = larger<T>(largest, word);
+    peak = max(peak, float_bits<T>(largest));
   }
 };
 
@@ -61,8 +64,7 @@ __global__ void __launch_bounds__(kLongThreads)
   const int first = static_cast<int>(threadIdx.x) * kColumns;
   Found found[1] = {};
   for (int c = first; c < k; c += stride) {
-    const Eight<T> in[1] = {load_columns<Reuse::kOthers, false>(x + c, k - c)};
-    source.template take<false>(in, row, c, k - c, {}, found[0]);
+    source.raise(found[0].peak, load_columns<Reuse::kOthers, false>(x + c, k - c));
   }
   const Found all = exchange(found, Team{0, 1}, parts, 0);
   const float scale = scale_of(__uint_as_float(all.peak)), inverse = __frcp_rn(scale);

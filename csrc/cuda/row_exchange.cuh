@@ -24,11 +24,11 @@ struct Found {
   uint32_t peak;
 };
 
-__device__ inline void raise(Found& found, const Eight<float>& v) {
-  float largest = __uint_as_float(found.peak);
+__device__ inline void raise_floats(uint32_t& peak, const Eight<float>& v) {
+  float largest = __uint_as_float(peak);
 #pragma unroll
   for (int i = 0; i < 8; ++i) largest = ptx::larger_magnitude(largest, v.get(i));
-  found.peak = __float_as_uint(largest);
+  peak = __float_as_uint(largest);
 }
 
 // What warps found in kRows rows; only the threads of a single row span a cluster. Other CTAs'
@@ -86,15 +86,15 @@ struct Parts {
   // rest.
   __device__ Found collect(const Team& team) const {
     constexpr int kLanes = 32 / kRows;
-    const int lane = threadIdx.x % 32, row = lane / kLanes * kSlots;
-    const int count = kRows == 1 ? static_cast<int>(team.size) : kRows;
+    constexpr int kCount = kRows == 1 ? kMaxCluster : kRows;
     constexpr int kStep = kRows == 1 ? kMaxWarps : kLanes;
-    Found all = {};  // as is a part where there is no such warp
-#pragma unroll(kRows == 1 ? 1 : kRows)
-    for (int i = 0; i < count; ++i) {
-      const int slot = row + i * kStep + lane % kLanes;
-      if constexpr (kSums) all.squares += squares[slot];
-      all.peak = max(all.peak, peaks[slot]);
+    const int lane = threadIdx.x % 32, first = lane / kLanes * kSlots + lane % kLanes;
+    Found all = {};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {  // zero where there is no such warp
+      if (kRows == 1 && i == 1 && team.size == 1) break;
+      if constexpr (kSums) all.squares += squares[first + i * kStep];
+      all.peak = max(all.peak, peaks[first + i * kStep]);
     }
     return all;
   }
