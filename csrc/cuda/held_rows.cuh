@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   __shared__ uint64_t bytes_arrived;
 
   ptx::grid_launch_dependents();
-  // Three CTAs an SM have no registers for what clusters need.
-  const bool shared_row = kRows == 1 && kCtas < 3 && slices.cluster > 1;
+  const bool shared_row = kRows == 1 && slices.cluster > 1;
   const Team team{shared_row ? ptx::cluster_rank() : 0u, shared_row ? gridDim.x : 1u};
   const uint32_t arrived = ptx::smem_address(&bytes_arrived);
   for (auto& each : parts) each.init();

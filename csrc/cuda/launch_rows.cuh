@@ -63,12 +63,6 @@ void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, 
                        reinterpret_cast<uintptr_t>(rows.gather) % 16 == 0;
   if (regular && rows.m >= 2 * multiprocessors && columns <= kMost * kColumns) {
     const bool narrow = columns <= kNarrow * kColumns;
-    if constexpr (Source::kSums) {
-      // In one wave or two; CTAs of fewer warps wait less for each other.
-      if (narrow && rows.m <= 8 * multiprocessors) {
-        return launch_held<Source, 1, 2, kNarrow / 2, 4, true>(source, rows, 1, stream);
-      }
-    }
     constexpr int kVectors = Source::kManyVectors;
     if constexpr (Source::kMaxRows >= 4) {
       if (rows.m >= 12 * multiprocessors) {
