@@ -31,7 +31,7 @@ HEURISTICS = Path(__file__).resolve().parents[1] / "csrc" / "heuristics"
 COSTS, FORMULA = HEURISTICS / "sm90_costs.def", HEURISTICS / "cost.cpp"
 # Constants of the device in cost.cpp, in the order of a parameter vector.
 DEVICE = ("kDramBytesPerUs", "kL2BytesPerUs", "kLaunchUs", "kStreamLaunch", "kExponent")
-DEVICE += ("kReread", "kZeroRowNs", "kSpread", "kCompany")
+DEVICE += ("kReread", "kEmpty", "kSpread", "kCompany")
 L2_BYTES = 40e6
 OF_CONFIG = ("sparse", "dense", "tile", "fix-up")  # microseconds, in sm90_costs.def
 NEAR = 1.5  # runs up to so many times the fastest of their shape teach the fit
@@ -49,6 +49,15 @@ class Config:
     tokens: int
     cluster_rows: int
     splits: int
+
+    def tile_tokens(self, m: int) -> int:
+        """As heuristics::tile_tokens of csrc/heuristics/gemm.h."""
+        tiles = ceil_div(m, self.tokens)
+        if tiles == 1 and self.cluster_rows == 1:
+            return m
+        own = 8 * ceil_div(self.tokens // 8, self.splits)
+        store = 32 if own % 32 == 0 else 16 if own % 16 == 0 else 8
+        return ceil_div(ceil_div(m, tiles), unit := max(8 * self.cluster_rows, store)) * unit
 
     def slots(self, multiprocessors: int) -> int:
         """Clusters at a time, as gemm.cpp guesses them where no device can be asked."""
@@ -137,8 +146,7 @@ def facts_of(
     row_tiles, blocks = ceil_div(n, TILE_ROWS), padded_k(k) // DENSE_UNIT_COLUMNS
     sparse = (4 * row_tiles * blocks - packed_bytes // BLOCK_BYTES) // 3 / row_tiles
     token_tiles = ceil_div(m, config.tokens)
-    rows = config.tokens * token_tiles
-    x_rows = ceil_div(row_tiles, config.row_tiles) * rows
+    x_rows = ceil_div(row_tiles, config.row_tiles) * m
     size = config.cluster_rows * config.splits
     return {
         "sparse": sparse / config.splits,
@@ -148,8 +156,8 @@ def facts_of(
         / config.slots(multiprocessors),
         "tickets": size == 1,
         "company": size - 1 if token_tiles > 1 else 0,
-        "zeros": (rows - m) / config.cluster_rows * blocks / config.splits,
         "token_tiles": token_tiles,
+        "filled": config.tile_tokens(m) / config.tokens,
         "once": packed_bytes + m * k + 2 * m * n,
         "operands": packed_bytes + m * k,
         "l2": packed_bytes * token_tiles + x_rows * k / config.cluster_rows,
@@ -159,18 +167,17 @@ def facts_of(
 def estimate(device: dict, sparse, dense, tile, fixup, stream, facts: dict) -> np.ndarray:
     rounds, token_tiles = facts["rounds"], facts["token_tiles"]
     units_us = facts["sparse"] * sparse + facts["dense"] * dense
-    zeros_us = device["kZeroRowNs"] / 1e3 * facts["zeros"]
-    tile_us = units_us + ((units_us**4 + zeros_us**4) ** 0.25 - units_us) / token_tiles
+    units_us = units_us * (1 - device["kEmpty"] * (1 - facts["filled"]))
     full = np.ceil(rounds)
-    cut = rounds * tile_us + full * tile + fixup
-    work = np.where(stream, cut, np.maximum(1, rounds) * (tile_us + tile))
+    cut = rounds * units_us + full * tile + fixup
+    work = np.where(stream, cut, np.maximum(1, rounds) * (units_us + tile))
     again = device["kReread"] * np.maximum(0, facts["operands"] - L2_BYTES) * (token_tiles - 1)
     dram = (facts["once"] + np.where(stream, again, 0)) / device["kDramBytesPerUs"]
     l2 = facts["l2"] / device["kL2BytesPerUs"]
     power = device["kExponent"]
     us = (work**power + dram**power + l2**power) ** (1 / power)
     ahead = np.where(facts["tickets"], device["kSpread"] * us, 0)
-    lacking = np.maximum(0, (full - rounds) * (tile_us + tile) - ahead)
+    lacking = np.maximum(0, (full - rounds) * (units_us + tile) - ahead)
     us = us + np.where(~np.asarray(stream, bool) & (rounds > 1), lacking, 0)
     us = us * (1 + device["kCompany"] * facts["company"])
     return us + device["kLaunchUs"] * np.where(stream, device["kStreamLaunch"], 1)

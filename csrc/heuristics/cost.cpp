@@ -32,9 +32,8 @@ constexpr double kDramBytesPerUs = 3.533e6, kL2BytesPerUs = 13.825e6, kLaunchUs 
 constexpr double kStreamLaunch = 1.565;  // a stream-K launch against another
 constexpr double kExponent = 1.865;      // how the limits add up: 1 would be one after another
 constexpr double kL2Bytes = 40e6, kReread = 0.053;  // cut tiles read again what L2 does not hold
-// A row of zeros, where a tile reaches past the last token, keeps the engine that copies a block
-// of x for longer than a row of x does.
-constexpr double kZeroRowNs = 2.919;
+// Of a unit's time, where a tile holds none of the tokens that it could: it copies fewer rows of x.
+constexpr double kEmpty = 0.3;
 constexpr double kSpread = 0.104;  // of the time: how much earlier than the last the first CTAs end
 // For each CTA that a cluster waits for beside itself, where several clusters read a weight.
 constexpr double kCompany = 0.062;
@@ -54,27 +53,21 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
   const double tiles = std::ceil(row_tiles / group_tiles(config)) * token_tiles;
   const double blocks = static_cast<double>(desc.k_blocks());
   const double sparse = static_cast<double>(desc.sparse_units()) / row_tiles;
-  const double units_us =
-      (sparse * c.sparse_us + (blocks - 2 * sparse) * c.dense_us) / config.splits;
-  const double zeros = (config.tokens * token_tiles - static_cast<double>(desc.m)) /
-                       config.cluster_rows * blocks / config.splits;
-  const double zeros_us = kZeroRowNs / 1e3 * zeros;
-  // The last token tile takes the longer of both, or a little more.
-  const double last_us = std::sqrt(std::hypot(units_us * units_us, zeros_us * zeros_us));
-  const double tile_us = units_us + (last_us - units_us) / token_tiles;
+  const double filled = static_cast<double>(tile_tokens(config, desc.m)) / config.tokens;
+  const double units_us = (sparse * c.sparse_us + (blocks - 2 * sparse) * c.dense_us) /
+                          config.splits * (1 - kEmpty * (1 - filled));
 
   const double w = static_cast<double>(desc.packed_bytes);
   const double x = static_cast<double>(desc.m * desc.k), y = static_cast<double>(desc.m * desc.n);
   double dram = (w + x + 2 * y) / kDramBytesPerUs;
-  const double x_reads = std::ceil(row_tiles / config.row_tiles) * config.tokens * token_tiles *
-                         static_cast<double>(desc.k);
+  const double x_reads = std::ceil(row_tiles / config.row_tiles) * x;
   const double l2 = (w * token_tiles + x_reads / config.cluster_rows) / kL2BytesPerUs;
   const double rounds = tiles / slots, full = std::ceil(rounds);
   double work = 0, launch = kLaunchUs;
   if (choice.mode == Mode::kWhole) {
-    work = std::max(1.0, rounds) * (tile_us + c.tile_us);
+    work = std::max(1.0, rounds) * (units_us + c.tile_us);
   } else {
-    work = rounds * tile_us + full * c.tile_us + c.fixup_us;
+    work = rounds * units_us + full * c.tile_us + c.fixup_us;
     launch *= kStreamLaunch;
     dram += kReread * std::max(0.0, w + x - kL2Bytes) * (token_tiles - 1) / kDramBytesPerUs;
   }
@@ -84,7 +77,7 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
     // What the last round lacks to a full one, when memory is no limit any more. Tickets give the
     // last tiles to those that are ahead.
     const double ahead = cluster_size(config) == 1 ? kSpread * us : 0;
-    us += std::max(0.0, (full - rounds) * (tile_us + c.tile_us) - ahead);
+    us += std::max(0.0, (full - rounds) * (units_us + c.tile_us) - ahead);
   }
   if (token_tiles > 1) us *= 1 + kCompany * (cluster_size(config) - 1);
   return us + launch;
