@@ -36,6 +36,7 @@ L2_BYTES = 40e6
 OF_CONFIG = ("sparse", "dense", "tile", "fix-up")  # microseconds, in sm90_costs.def
 NEAR = 1.5  # runs up to so many times the fastest of their shape teach the fit
 HUNGRY_TOKENS = 1000  # from here on clocks fall, which slows all runs of a shape
+MANY_TOKENS, MANY_WEIGHT = 512, 10  # shapes from here on are few, and take longest
 STEPS = (0.1, 0.03, 0.01)  # of a constant's logarithm
 LEAST = 0.05  # of any constant, which is fitted as a logarithm
 BLUR = 0.01  # errors of estimates that a choice should not depend on
@@ -252,7 +253,9 @@ class Loss:
     def __init__(self, runs: Runs):
         number, at = np.unique(runs.shape, return_inverse=True)
         files = [runs.shapes[i][-1] for i in number]
+        tokens = np.array([runs.shapes[i][3] for i in number])
         weight = np.array([files.count(file) ** -0.5 for file in files])
+        weight = weight * np.where(tokens >= MANY_TOKENS, MANY_WEIGHT, 1)
         self.weight, self.at, self.shapes = weight / weight.sum(), at, len(number)
         self.runs, self.lost = runs, lost(runs)
         fastest = np.flatnonzero(runs.us == least_of(runs))
@@ -260,18 +263,24 @@ class Loss:
         self.fastest[at[fastest]] = fastest
         self.near = runs.us <= NEAR * least_of(runs)
         self.log_us = np.log(np.where(self.near, runs.us, 1))
-        tokens = np.array([runs.shapes[i][3] for i in number])
-        self.level_weight = np.where(tokens < HUNGRY_TOKENS, 0.25, 0.05) / self.shapes
+        self.log_auto = np.log([runs.auto.get(i, np.nan) for i in number])
+        self.level_weight = np.where(tokens < HUNGRY_TOKENS, 1.0, 0.05) / self.shapes
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Of every shape's runs."""
         return np.bincount(self.at, values, self.shapes)
 
     def errors(self, model: Model) -> np.ndarray:
-        """Weighted logarithms of estimate over time: of near runs in a shape, then of shapes."""
+        """Weighted logarithms of estimate over time: of near runs in a shape, then of shapes.
+
+        A shape's level is that of the op's own choice, which ran among its like.
+        """
         error = np.where(self.near, np.log(self.runs.estimate(model)) - self.log_us, 0)
-        level = self.sum(error) / self.sum(self.near)
-        inside = (error - level[self.at])[self.near] / np.sqrt(self.near.sum())
+        mean = self.sum(error) / self.sum(self.near)
+        inside = (error - mean[self.at])[self.near] / np.sqrt(self.near.sum())
+        least = np.full(self.shapes, np.inf)
+        np.minimum.at(least, self.at, np.log(self.runs.estimate(model)))
+        level = np.where(np.isnan(self.log_auto), mean, least - self.log_auto)
         return np.concatenate([inside, np.sqrt(self.level_weight) * level])
 
     def __call__(self, model: Model) -> float:
