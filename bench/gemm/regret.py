@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 from gemm.tables import row, run_line
@@ -57,8 +58,9 @@ def points(results: dict) -> list[Point]:
 def chosen_anew(results: dict) -> dict:
     """The file with "auto" as what today's cost model chooses: the forced run of that name.
 
-    A cost model made after a run can thus be judged by it. Both times are then of forced runs; the
-    measured times of the op's own choice, which an older model made, are left out.
+    A cost model made after a run can thus be judged by it. Both times are then of forced runs, and
+    medians where a file holds several runs; the measured times of the op's own choice, which an
+    older model made, are left out.
     """
     from spense_kernels import _C  # a sweep needs the CUDA library alone
 
@@ -71,9 +73,12 @@ def chosen_anew(results: dict) -> dict:
     for key, entries in forced.items():
         device = results["runs"][entries[0]["run"]]["device"]
         found = _C.sm90.estimate(*key[:4], device.get("multiprocessors", 132))["config"]
-        least = min(entry["us"] for entry in entries)
-        us = {entry["config"]: entry["us"] for entry in entries}.get(found, least * (1 + UNTIMED))
-        configs += [entries[0] | {"config": AUTO, "us": us}, *entries]
+        times: dict[str, list[float]] = {}
+        for entry in entries:
+            times.setdefault(entry["config"], []).append(entry["us"])
+        us = {config: statistics.median(of) for config, of in times.items()}
+        us[AUTO] = us.get(found, min(us.values()) * (1 + UNTIMED))
+        configs += [entries[0] | {"config": config, "us": of} for config, of in us.items()]
     return results | {"configs": configs}
 
 

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost model of csrc/heuristics/cost.cpp on arrays of forced runs; its constants in csrc."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from gemm import kernels
+from spense_kernels.layout import BLOCK_BYTES, DENSE_UNIT_COLUMNS, TILE_ROWS, ceil_div, padded_k
+
+HEURISTICS = Path(__file__).resolve().parents[2] / "csrc" / "heuristics"
+COSTS, FORMULA = HEURISTICS / "sm90_costs.def", HEURISTICS / "cost.cpp"
+# Constants of the device in cost.cpp, in the order of a parameter vector.
+DEVICE = ("kDramBytesPerUs", "kL2BytesPerUs", "kLaunchUs", "kStreamLaunch", "kExponent")
+DEVICE += ("kReread", "kEmpty", "kSpread", "kCompany")
+L2_BYTES = 40e6
+OF_CONFIG = ("sparse", "dense", "tile", "fix-up")  # microseconds, in sm90_costs.def
+LEAST = 0.05  # of any constant, which is fitted as a logarithm
+MULTIPROCESSORS = 132
+
+
+@dataclass(frozen=True)
+class Config:
+    row_tiles: int
+    tokens: int
+    cluster_rows: int
+    splits: int
+
+    def tile_tokens(self, m: int) -> int:
+        """As heuristics::tile_tokens of csrc/heuristics/gemm.h."""
+        tiles = ceil_div(m, self.tokens)
+        if tiles == 1 and self.cluster_rows == 1:
+            return m
+        own = 8 * ceil_div(self.tokens // 8, self.splits)
+        store = 32 if own % 32 == 0 else 16 if own % 16 == 0 else 8
+        return ceil_div(ceil_div(m, tiles), unit := max(8 * self.cluster_rows, store)) * unit
+
+    def slots(self, multiprocessors: int) -> int:
+        """Clusters at a time, as gemm.cpp guesses them where no device can be asked."""
+        size = self.cluster_rows * self.splits
+        return max(1, multiprocessors // size * (10 if size > 2 else 11) // 11)
+
+
+def instances() -> dict[str, Config]:
+    return {name: Config(*numbers[:4]) for name, numbers in kernels.instances().items()}
+
+
+@dataclass
+class Model:
+    """Constants as they stand in csrc: `device` by name, `config` as in OF_CONFIG by name."""
+
+    device: dict[str, float]
+    config: dict[str, list[float]]
+
+    @classmethod
+    def read(cls) -> Model:
+        text = FORMULA.read_text()
+        device = {name: float(re.search(rf"\b{name} = ([\d.e+]+)", text)[1]) for name in DEVICE}
+        rows = re.findall(r"^COST\((\w+),([^)]*)\)", COSTS.read_text(), re.MULTILINE)
+        return cls(device, {name: [float(v) for v in row.split(",")] for name, row in rows})
+
+    def write(self) -> None:
+        text = FORMULA.read_text()
+        for name, value in self.device.items():
+            text = re.sub(rf"\b({name} = )[\d.e+]+", lambda m, v=value: m[1] + number_text(v), text)
+        FORMULA.write_text(text)
+        table = COSTS.read_text()
+        for name, (sparse, dense, tile, fixup) in self.config.items():
+            row = f"COST({name + ',':<22} {sparse:.3f}, {dense:.3f}, {tile:>5.2f}, {fixup:>5.2f})"
+            table = re.sub(rf"^COST\({name},[^)]*\)", row, table, flags=re.MULTILINE)
+        COSTS.write_text(table)
+
+    def vector(self, names: list[str]) -> np.ndarray:
+        values = [self.device[name] for name in DEVICE]
+        values += [value for name in names for value in self.config[name]]
+        return np.log(np.maximum(values, LEAST))
+
+    def with_vector(self, vector: np.ndarray, names: list[str]) -> Model:
+        values = np.exp(vector).tolist()
+        device = dict(zip(DEVICE, values, strict=False))
+        rest = values[len(DEVICE) :]
+        n = len(OF_CONFIG)
+        fitted = {name: rest[n * i : n * i + n] for i, name in enumerate(names)}
+        return Model(device, self.config | fitted)
+
+
+def number_text(value: float) -> str:
+    return f"{value / 1e6:.3f}e6" if value >= 1e5 else f"{value:.3f}"
+
+
+@dataclass
+class Runs:
+    """Forced runs as arrays, one entry a run; `shape` numbers the problem that a run is of.
+
+    Every configuration has its entry, those without a run with nan in `us`.
+    """
+
+    names: list[str]  # of configs
+    us: np.ndarray
+    shape: np.ndarray
+    config: np.ndarray
+    stream: np.ndarray
+    facts: dict[str, np.ndarray]
+    shapes: list[tuple] = field(default_factory=list)  # (layer, n, k, m, dense, file)
+    auto: dict[int, float] = field(default_factory=dict)  # shape -> us of the op's own choice
+
+    def estimate(self, model: Model) -> np.ndarray:
+        """estimate_us of cost.cpp for every run."""
+        of_config = np.array([model.config[name] for name in self.names])[self.config]
+        return estimate(model.device, *of_config.T, self.stream, self.facts)
+
+    def only(self, keep: np.ndarray) -> Runs:
+        facts = {name: values[keep] for name, values in self.facts.items()}
+        arrays = (self.us[keep], self.shape[keep], self.config[keep], self.stream[keep])
+        return Runs(self.names, *arrays, facts, self.shapes, self.auto)
+
+
+def facts_of(
+    config: Config, n: int, k: int, m: int, packed_bytes: int, multiprocessors: int
+) -> dict[str, float]:
+    """What the formula needs to know of a problem and a config."""
+    row_tiles, blocks = ceil_div(n, TILE_ROWS), padded_k(k) // DENSE_UNIT_COLUMNS
+    sparse = (4 * row_tiles * blocks - packed_bytes // BLOCK_BYTES) // 3 / row_tiles
+    token_tiles = ceil_div(m, config.tokens)
+    x_rows = ceil_div(row_tiles, config.row_tiles) * m
+    size = config.cluster_rows * config.splits
+    return {
+        "sparse": sparse / config.splits,
+        "dense": (blocks - 2 * sparse) / config.splits,
+        "rounds": ceil_div(row_tiles, config.row_tiles * config.cluster_rows)
+        * token_tiles
+        / config.slots(multiprocessors),
+        "tickets": size == 1,
+        "company": size - 1 if token_tiles > 1 else 0,
+        "token_tiles": token_tiles,
+        "filled": config.tile_tokens(m) / config.tokens,
+        "once": packed_bytes + m * k + 2 * m * n,
+        "operands": packed_bytes + m * k,
+        "l2": packed_bytes * token_tiles + x_rows * k / config.cluster_rows,
+    }
+
+
+def estimate(device: dict, sparse, dense, tile, fixup, stream, facts: dict) -> np.ndarray:
+    rounds, token_tiles = facts["rounds"], facts["token_tiles"]
+    units_us = facts["sparse"] * sparse + facts["dense"] * dense
+    units_us = units_us * (1 - device["kEmpty"] * (1 - facts["filled"]))
+    full = np.ceil(rounds)
+    cut = rounds * units_us + full * tile + fixup
+    work = np.where(stream, cut, np.maximum(1, rounds) * (units_us + tile))
+    again = device["kReread"] * np.maximum(0, facts["operands"] - L2_BYTES) * (token_tiles - 1)
+    dram = (facts["once"] + np.where(stream, again, 0)) / device["kDramBytesPerUs"]
+    l2 = facts["l2"] / device["kL2BytesPerUs"]
+    power = device["kExponent"]
+    us = (work**power + dram**power + l2**power) ** (1 / power)
+    ahead = np.where(facts["tickets"], device["kSpread"] * us, 0)
+    lacking = np.maximum(0, (full - rounds) * (units_us + tile) - ahead)
+    us = us + np.where(~np.asarray(stream, bool) & (rounds > 1), lacking, 0)
+    us = us * (1 + device["kCompany"] * facts["company"])
+    return us + device["kLaunchUs"] * np.where(stream, device["kStreamLaunch"], 1)
+
+
+def tile_name(config: str) -> str:
+    """A config's name without its rings: runs of a build with other depths count as today's."""
+    return re.sub(r"_s\d+x\d+", "", config)
+
+
+def read_runs(paths: list[Path]) -> Runs:
+    """The `configs` of sweep files. Unknown configs are left out.
+
+    A problem of two runs is two problems: times of one run compare, those of two hardly.
+    """
+    known = instances()
+    today = {tile_name(name): name for name in known}
+    entries, multiprocessors = {}, MULTIPROCESSORS
+    for path in paths:
+        results = json.loads(path.read_text())
+        for entry in results["configs"]:
+            of = f"{path.name}, run {entry['run']}"
+            key = (*(entry[name] for name in ("layer", "n", "k", "m", "dense")), of)
+            entries[key, entry["config"]] = entry
+            device = results["runs"][entry["run"]]["device"]
+            multiprocessors = device.get("multiprocessors", multiprocessors)
+    shapes = list(dict.fromkeys(key for key, _ in entries))
+    number, names = {key: i for i, key in enumerate(shapes)}, list(known)
+    rows, auto, timed = [], {}, {}
+    for (key, choice), entry in entries.items():
+        name, _, mode = choice.partition(":")
+        name = today.get(tile_name(name), name)
+        if choice == "auto":
+            auto[number[key]] = entry["us"]
+        elif name in known:
+            timed.setdefault(key, {"bytes": entry["packed_bytes"]})[name, mode] = entry["us"]
+    for key, times in timed.items():
+        _, n, k, m, *_ = key
+        for at, (name, config) in enumerate(known.items()):
+            facts = facts_of(config, n, k, m, times["bytes"], multiprocessors)
+            for mode in ("whole",) if config.splits > 1 else ("whole", "stream"):
+                us = times.get((name, mode), np.nan)
+                rows.append((us, number[key], at, mode == "stream", *facts.values()))
+    if not rows:
+        raise SystemExit("refit: expected forced runs of today's configs, got none")
+    columns = list(zip(*rows, strict=True))
+    us, shape, config, stream = (np.array(c) for c in columns[:4])
+    arrays = dict(zip(facts, (np.array(c, dtype=float) for c in columns[4:]), strict=True))
+    return Runs(names, us, shape, config, stream, arrays, shapes, auto)
