@@ -39,9 +39,7 @@ def results(refit, model, noise: float = 0.0) -> dict:
                 for name, config in instances().items():
                     facts = facts_of(config, n, k, m, packed, 132)
                     for mode in ("whole",) if config.splits > 1 else ("whole", "stream"):
-                        us = estimate(
-                            model.device, *model.config[name], mode == "stream", facts
-                        )
+                        us = estimate(model.device, *model.config[name], mode == "stream", facts)
                         us = float(us * np.exp(noise * chance.standard_normal()))
                         run = {"config": f"{name}:{mode}", "us": us, "packed_bytes": packed}
                         entries.append(shape | run)
