@@ -57,7 +57,8 @@ constexpr int kStageBytes =
 template <int kRows, int kVectors>
 constexpr int kAhead = kRows > 1 && kVectors > 1 ? 2 : 1;
 
-// In lines of 128 bytes, as copies to it are: K = 25600 takes 15 % longer from an odd multiple of 16.
+// In lines of 128 bytes, as copies to it are: K = 25600 takes 15 % longer from an odd multiple
+// of 16.
 extern __shared__ __align__(128) unsigned char row_memory[];
 
 // kRegular: whole, aligned runs of 8 columns, and places of a gather in 16 bits.

@@ -31,8 +31,9 @@ __device__ __forceinline__ int4 load_words(uint32_t smem) {
 }
 
 // Job: plain words, a multiple of 16 bytes, and `load`, which reads them one by one: what a memcpy
-// or a loop brings makes kernels up to 10 % longer (M = 64: 3 % slower). T says where: kJobs, and the
-// barriers kJobFull, completed by the weight warp, and kJobEmpty, by whoever else has read the job.
+// or a loop brings makes kernels up to 10 % longer (M = 64: 3 % slower). T says where: kJobs, and
+// the barriers kJobFull, completed by the weight warp, and kJobEmpty, by whoever else has read the
+// job.
 template <class T, class Job>
 class JobRing {
  public:
