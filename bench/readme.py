@@ -128,6 +128,22 @@ def regret_table(configs: dict) -> str:
     return regret.by_layer(regret.chosen_anew(configs))
 
 
+def neighbours_table(neighbours: dict) -> str:
+    """Times of the fused ops, and the share of a copy kernel's speed that they reach."""
+    points = {(p["op"], p["k"], p["m"]): p for p in neighbours["points"]}
+    tokens = sorted({m for _, _, m in points})
+    lines = [
+        "| op | K | " + " | ".join(f"M = {m}" for m in tokens) + " |",
+        "| --- | --- |" + " --- |" * len(tokens),
+    ]
+    for op, k in dict.fromkeys((op, k) for op, k, _ in points):
+        found = (points[op, k, m] for m in tokens)
+        cells = (f"{p['us']:.1f} us, {p['copy_us'] / p['us']:.0%}" for p in found)
+        lines.append(f"| {op} | {k} | {' | '.join(cells)} |")
+    lines += ["", tables.run_line({"runs": [neighbours["run"]]}, {0})]
+    return "\n".join(lines)
+
+
 def beside_h100(h200: dict) -> str:
     return tables.beside(json.loads((RESULTS / "gemm_h100.json").read_text()), h200)
 
@@ -147,6 +163,9 @@ PAGES = {
         "unseen": (RESULTS / "configs_unseen_h100.json", regret_table),
         "smooth": (RESULTS / "configs_smooth_h100.json", regret_table),
         "decode": (RESULTS / "decode.json", decode_table),
+    },
+    "docs/transformers.md": {
+        "neighbours": (RESULTS / "neighbours_h100.json", neighbours_table),
     },
     "docs/sm90.md": {"counters": (RESULTS / "counters_h100.json", counters_table)},
 }
