@@ -47,8 +47,8 @@ class Loss:
 
     A choice counts blurred, so that it has a margin; its square as well, so that no shape is left
     far behind. So that a wrong order of two runs that are far apart is felt too, each slower run
-    counts by how much less its estimate is than that of the fastest. Each file's shapes together
-    count as the root of their number.
+    counts by how much less its estimate is than that of the fastest. Each run's shapes together
+    count as the root of their number, those of many tokens MANY_WEIGHT times.
     """
 
     def __init__(self, runs: Runs):

@@ -26,7 +26,7 @@ def refit(monkeypatch):
     return refit
 
 
-def results(refit, model, noise: float = 0.0) -> dict:
+def results(model, noise: float = 0.0) -> dict:
     """A sweep's file in which every configuration takes what the model says."""
     from gemm.cost_model import estimate, facts_of, instances
 
@@ -53,7 +53,7 @@ def test_the_formula_is_that_of_the_product(refit, tmp_path):
     model = refit.Model.read()
     assert list(model.config) == list(instances()) == _C.sm90.configs()
     file = tmp_path / "configs.json"
-    file.write_text(json.dumps(results(refit, model)))
+    file.write_text(json.dumps(results(model)))
     runs = refit.read_runs([file])
     estimates = runs.estimate(model)
     np.testing.assert_allclose(estimates, runs.us, rtol=1e-12)
@@ -77,7 +77,7 @@ def test_a_fit_finds_what_made_the_times(refit, tmp_path):
         },
     )
     file = tmp_path / "configs.json"
-    file.write_text(json.dumps(results(refit, truth, noise=0.01)))
+    file.write_text(json.dumps(results(truth, noise=0.01)))
     runs = refit.read_runs([file])
     fitted = refit.fit(start, runs)
     before, after = refit.regrets(start, runs), refit.regrets(fitted, runs)
@@ -106,7 +106,7 @@ def test_written_constants_are_read_again(refit, tmp_path, monkeypatch):
 
 def test_regret_from_the_command_line(refit, tmp_path, monkeypatch, capsys):
     file = tmp_path / "configs.json"
-    file.write_text(json.dumps(results(refit, refit.Model.read(), noise=0.02)))
+    file.write_text(json.dumps(results(refit.Model.read(), noise=0.02)))
     monkeypatch.setattr(sys, "argv", ["refit", str(file)])
     refit.main()
     text = capsys.readouterr().out
@@ -117,7 +117,7 @@ def test_regret_from_the_command_line(refit, tmp_path, monkeypatch, capsys):
 def test_wandering_loses_no_more_than_before(refit, tmp_path):
     truth = refit.Model.read()
     file = tmp_path / "configs.json"
-    file.write_text(json.dumps(results(refit, truth, noise=0.01)))
+    file.write_text(json.dumps(results(truth, noise=0.01)))
     runs = refit.read_runs([file])
     start = refit.Model(truth.device | {"kExponent": 1.2}, truth.config)
     before, after = (

@@ -106,7 +106,7 @@ class Runs:
     config: np.ndarray
     stream: np.ndarray
     facts: dict[str, np.ndarray]
-    shapes: list[tuple] = field(default_factory=list)  # (layer, n, k, m, dense, file)
+    shapes: list[tuple] = field(default_factory=list)  # (layer, n, k, m, dense, file and run)
     auto: dict[int, float] = field(default_factory=dict)  # shape -> us of the op's own choice
 
     def estimate(self, model: Model) -> np.ndarray:

@@ -52,7 +52,7 @@ struct Operand {
 float e4m3(uint8_t bits);
 // Bytes of rows x bytes of an operand as floats, and the granules that they lie in.
 std::vector<float> read_operand(Cta& cta, const Operand& operand, int rows, int bytes);
-// `partly`: rows beyond the last token need not be there, their sums are never written.
+// `partly`: the last rows, of no token, need not be there; their sums are never written.
 void note_reads(Cta& cta, const Operand& operand, int rows, int bytes, std::vector<Granule*>& to,
                 bool partly = false);
 // The same column by column, `step` floats apart.
