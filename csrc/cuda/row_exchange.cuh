@@ -100,12 +100,18 @@ struct Parts {
   }
 };
 
-// Every lane gets the sum over the lanes of its row.
+// Every lane gets the combination over the lanes of its row.
+template <int kRows, typename V, typename Combine>
+__device__ V combine_lanes(V v, Combine combine) {
+#pragma unroll
+  for (int step = 16 / kRows; step > 0; step /= 2) {
+    v = combine(v, __shfl_xor_sync(~0u, v, step));
+  }
+  return v;
+}
 template <int kRows>
 __device__ double add_lanes(double v) {
-#pragma unroll
-  for (int step = 16 / kRows; step > 0; step /= 2) v += __shfl_xor_sync(~0u, v, step);
-  return v;
+  return combine_lanes<kRows>(v, [](double a, double b) { return a + b; });
 }
 
 // Sums over a warp, of row lane / (32 / kRows).
@@ -146,10 +152,7 @@ __device__ Found exchange(const Found (&found)[kRows], const Team& team, Parts<k
   if constexpr (kRows == 1) {
     all.peak = __reduce_max_sync(~0u, all.peak);
   } else {
-#pragma unroll
-    for (int step = 16 / kRows; step > 0; step /= 2) {
-      all.peak = max(all.peak, __shfl_xor_sync(~0u, all.peak, step));
-    }
+    all.peak = combine_lanes<kRows>(all.peak, [](uint32_t x, uint32_t y) { return max(x, y); });
   }
   return all;
 }
