@@ -23,7 +23,7 @@ SAMPLED_ROWS = 128
 
 @dataclass(frozen=True)
 class Inputs:
-    """x8 of one linear layer; shares are of all its values.
+    """x8 of one linear layer, by at most SAMPLED_ROWS of its rows; shares are of all their values.
 
     size: root of the mean square, of the largest FP8 number; cosine: mean over pairs of rows, 0 for
     a single one.
@@ -53,8 +53,8 @@ class _Watched:
 
 
 def _described(layer: int, name: str, x8: Tensor) -> Inputs:
-    x = x8.float()
-    rows = F.normalize(x[:: -(-x.shape[0] // SAMPLED_ROWS)], dim=1)
+    x = x8[:: -(-x8.shape[0] // SAMPLED_ROWS)].float()
+    rows = F.normalize(x, dim=1)
     count = rows.shape[0]
     pairs = (rows @ rows.t()).sum() - rows.square().sum()
     numbers = (
