@@ -35,7 +35,8 @@ struct GemmConfig {
   int cluster_rows;  // CTAs of different row tiles that share their activations by multicast
   int splits;        // CTAs that share the K of a tile and exchange their sums
   int w_stages;      // ring of weight units for each row tile, 20 KiB a unit
-  int x_stages;      // ring of activation blocks, tokens * 128 bytes each
+  int x_stages;      // ring of activations,
+  int x_blocks;      // in slots of so many blocks, 1 or 2, of tokens * 128 bytes each
   bool promote;      // the tensor cores' sums are added in float32 every 128 columns
 };
 
@@ -53,18 +54,28 @@ inline constexpr int kThreads = (kConsumerWarpgroups + 1) * 128;
 constexpr int cluster_size(const GemmConfig& c) { return c.cluster_rows * c.splits; }
 // Token groups of 8 of a tile that each of the CTAs finishes that split its K.
 constexpr int own_groups(const GemmConfig& c) { return (c.tokens / 8 + c.splits - 1) / c.splits; }
+constexpr int x_stage_bytes(const GemmConfig& c) {
+  return c.x_blocks * c.tokens * format::kRowBytes;
+}
 // Finished 16-bit tiles leave through shared memory, two pieces a consumer warpgroup on their way.
 inline constexpr int kStagedTokens = 32;
 constexpr bool staged(const GemmConfig& c) { return c.tokens >= 48; }
+// Where a slot of x has room for that, it is the one with the tile's last columns.
+inline constexpr int kStagedBytes = kStagedTokens * format::kRowBytes;  // of a piece
+constexpr int slot_pieces(const GemmConfig& c) {
+  return x_stage_bytes(c) / kConsumerWarpgroups / kStagedBytes;
+}
+constexpr bool staged_in_slot(const GemmConfig& c) {
+  return staged(c) && !c.promote && c.splits == 1 && slot_pieces(c) >= 2;
+}
 constexpr int staging_bytes(const GemmConfig& c) {
-  return staged(c) ? kConsumerWarpgroups * 2 * kStagedTokens * format::kRowBytes : 0;
+  return staged(c) && !staged_in_slot(c) ? kConsumerWarpgroups * 2 * kStagedBytes : 0;
 }
 // Tokens of one tensor store.
 constexpr int store_tokens(const GemmConfig& c) {
   const int tokens = 8 * own_groups(c);
   return tokens % 32 == 0 ? 32 : tokens % 16 == 0 ? 16 : 8;
 }
-constexpr int x_stage_bytes(const GemmConfig& c) { return c.tokens * format::kRowBytes; }
 // Tokens of each of a product's tiles, of which the last may hold fewer: no more than they need, as
 // rows of zeros take longer to copy than rows of x. A multiple of what each CTA of a cluster copies
 // and of what a store writes, unless there is but one.
@@ -99,7 +110,8 @@ constexpr bool legal(const GemmConfig& c) {
       cluster_size(c) >= 1 && cluster_size(c) <= 8 && c.tokens % (8 * c.cluster_rows) == 0;
   // A sparse unit needs two blocks of x, and something should be under way meanwhile.
   const bool splits = c.splits >= 1 && c.splits <= kMaxSplits;
-  const bool rings = c.w_stages >= 2 && c.x_stages >= 4;
+  const bool blocks = c.x_blocks == 1 || c.x_blocks == 2;
+  const bool rings = blocks && c.w_stages >= 2 && c.x_stages * c.x_blocks >= 4;
   const bool rows = c.row_tiles == 1 || c.row_tiles == 2;
   // Sums of a thread: they and their promoted twin must fit the registers.
   const int sums = c.row_tiles * c.tokens / 2 * (c.promote ? 2 : 1);

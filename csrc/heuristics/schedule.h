@@ -69,10 +69,12 @@ SPENSE_HD constexpr bool by_tickets(const ScheduleParams& p, int32_t cluster_cta
 // bytes in the time of their multiplication than dense ones, so large tiles take steps from both
 // ends: `back` of 1024 from the last one backwards, spread evenly between those from the first one
 // on.
+inline constexpr int kWalkShare = 1024;
+
 struct Walk {
   int32_t steps = 0, back = 0;
 
-  SPENSE_HD constexpr int32_t backs(int32_t turn) const { return turn * back / 1024; }
+  SPENSE_HD constexpr int32_t backs(int32_t turn) const { return turn * back / kWalkShare; }
   // The step taken at a turn.
   SPENSE_HD constexpr int32_t step(int32_t turn) const {
     const int32_t behind = backs(turn + 1);
@@ -85,6 +87,27 @@ struct Walk {
            blocks_of_steps(steps, sparse_units, k_blocks) -
            blocks_of_steps(steps - behind, sparse_units, k_blocks);
   }
+};
+
+// The steps of turns [begin, ...) one after another, without a product a turn.
+class Turns {
+ public:
+  SPENSE_HD constexpr Turns(const Walk& walk, int32_t begin) : back_(walk.back) {
+    const int32_t backs = walk.backs(begin);
+    front_ = begin - backs;
+    last_ = walk.steps - backs;
+    due_ = begin * walk.back - backs * kWalkShare;
+  }
+  SPENSE_HD constexpr int32_t next() {
+    due_ += back_;
+    if (due_ < kWalkShare) return front_++;
+    due_ -= kWalkShare;
+    return --last_;
+  }
+
+ private:
+  int32_t back_, front_ = 0, last_ = 0;  // the next step from the front, the last one from behind
+  int32_t due_ = 0;                      // what has come up to the next one from behind
 };
 
 // How much of the stream the first c clusters get, relative to c = clusters. CTAs start one after

@@ -64,12 +64,8 @@ template <class T>
 class Writer {
  public:
   // Tokens [token0, token_end); row0: first of the 16 rows of this warp.
-  __device__ void start(const Params& p, uint32_t smem, int warpgroup, int token0, int token_end,
-                        int row0) {
-    if constexpr (T::kStaged) {
-      staging_ = smem + T::kStaging + warpgroup * 2 * kBufferBytes;
-      barrier_ = 1 + warpgroup;
-    }
+  __device__ void start(const Params& p, int warpgroup, int token0, int token_end, int row0) {
+    barrier_ = 1 + warpgroup;
     p_ = &p;
     token0_ = token0;
     token_end_ = token_end;
@@ -87,14 +83,16 @@ class Writer {
     }
   }
 
-  __device__ void store(float (&sums)[T::kOwnSums]) const {
+  // staging: the warpgroup's, T::kPieces of kStagedBytes; `fresh`: with no stores of this warpgroup
+  // under way that read them.
+  __device__ void store(float (&sums)[T::kOwnSums], uint32_t staging, bool fresh) const {
     scale(sums);
     if constexpr (T::kStaged) {
       if (p_->staged) {
         if (p_->out == OutType::kBFloat16) {
-          store_staged<__nv_bfloat16>(sums);
+          store_staged<__nv_bfloat16>(sums, staging, fresh);
         } else {
-          store_staged<__half>(sums);
+          store_staged<__half>(sums, staging, fresh);
         }
         return;
       }
@@ -113,7 +111,6 @@ class Writer {
   }
 
  private:
-  static constexpr int kBufferBytes = heuristics::kStagedTokens * kRowBytes;
   static constexpr int kScaleRegisters = (T::kOwnTokens + 31) / 32;  // lane l holds tokens l + 32 i
 
   __device__ static int lane() { return threadIdx.x % 32; }
@@ -168,22 +165,26 @@ class Writer {
 
   // 64 rows x 32 tokens at a time go to shared memory, token by token, and from there to y.
   template <typename Out>
-  __device__ __forceinline__ void store_staged(const float (&sums)[T::kOwnSums]) const {
-    constexpr int kTokens = heuristics::kStagedTokens;
-    constexpr bool kOddPieces = (T::kOwnTokens + kTokens - 1) / kTokens % 2 != 0;
+  __device__ __forceinline__ void store_staged(const float (&sums)[T::kOwnSums], uint32_t staging,
+                                               bool fresh) const {
+    constexpr int kTokens = heuristics::kStagedTokens, kPieces = T::kPieces;
     const int thread = threadIdx.x % 128, warp = thread / 32;
     const int matrix = lane() / 8, column = lane() % 8;
 #pragma unroll
     for (int begin = 0; begin < T::kOwnTokens; begin += kTokens) {
-      const uint32_t buffer = staging_ + begin / kTokens % 2 * kBufferBytes;
-      if (thread == 0) {
-        if (begin == 0 && kOddPieces) {
-          ptx::store_wait_read<0>();  // the piece before used the same buffer
-        } else {
-          ptx::store_wait_read<1>();
+      const int piece = begin / kTokens;
+      const uint32_t buffer = staging + piece % kPieces * heuristics::kStagedBytes;
+      // The piece before used the same buffer, and at first perhaps another tile's.
+      if (piece >= kPieces || (piece == 0 && !fresh)) {
+        if (thread == 0) {
+          if (piece == 0) {
+            ptx::store_wait_read<0>();
+          } else {
+            ptx::store_wait_read<kPieces - 1>();
+          }
         }
+        ptx::named_barrier_sync(barrier_, 128);
       }
-      ptx::named_barrier_sync(barrier_, 128);
 #pragma unroll
       for (int j = 0; j < kTokens / 8 && begin + 8 * j < T::kOwnTokens; j += 2) {
         const int at = (begin / 8 + j) * 4;
@@ -226,7 +227,7 @@ class Writer {
   }
 
   const Params* p_;
-  uint32_t staging_ = 0, barrier_ = 0;
+  uint32_t barrier_ = 0;
   int token0_, token_end_, row0_;
   float w_scale_[2], bias_[2], x_scale_[kScaleRegisters];
 };

@@ -124,6 +124,7 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
   Multiplier<T> multiplier(smem, warpgroup, split * T::kClusterRows);
   const Combiner<T> combiner(p, smem, cluster, row, warpgroup);
   const Exchange<T> exchange(p, smem, cluster, row, split, warpgroup);
+  constexpr int kHalfSlot = T::kXStageBytes / 2, kStaging = 2 * heuristics::kStagedBytes;
   float sums[T::kParts][T::kSums];
   while (true) {
     jobs.wait();
@@ -137,23 +138,29 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
     Writer<T> writer[T::kParts];
 #pragma unroll
     for (int part = 0; part < T::kParts; ++part) {
-      writer[part].start(p, smem, warpgroup, token0 + split * T::kOwnTokens, token_end,
+      writer[part].start(p, warpgroup, token0 + split * T::kOwnTokens, token_end,
                          row0 + part * T::kPartRows);
     }
-    const int sparse_units = work.sparse_units[T::kRowTiles == 2 && warpgroup == 1 ? 1 : 0];
+    const int sparse_units =
+        T::kRowTiles == 2 && warpgroup == 1 ? work.sparse_units[1] : work.sparse_units[0];
     multiplier.run(sums, walk_of(p.schedule), work.begin, work.end, sparse_units,
                    p.schedule.k_blocks);
     const Job job = jobs.read();  // again, so that it takes no registers meanwhile
     done(jobs);
+    const uint32_t staging = T::kStagedInSlot ? multiplier.lent_slot() + warpgroup * kHalfSlot
+                                              : smem + T::kStaging + warpgroup * kStaging;
+    const auto store = [&](auto& finished) {
+#pragma unroll
+      for (int part = 0; part < T::kParts; ++part) {
+        writer[part].store(finished[part], staging, T::kStagedInSlot && part == 0);
+      }
+    };
     if constexpr (T::kSplits > 1) {
       float own[T::kParts][T::kOwnSums];
       exchange.run(sums, own);
-#pragma unroll
-      for (int part = 0; part < T::kParts; ++part) writer[part].store(own[part]);
-    } else {
-      if (job.first != job.last && !combiner.combine(job, sums)) continue;
-#pragma unroll
-      for (int part = 0; part < T::kParts; ++part) writer[part].store(sums[part]);
+      store(own);
+    } else if (job.first == job.last || combiner.combine(job, sums)) {
+      store(sums);
     }
   }
   if constexpr (T::kStaged) {
@@ -164,7 +171,8 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kShares ? 2 : 1)
     hybrid_gemm(const __grid_constant__ Params p) {
-  const uint32_t smem = ptx::dynamic_smem();
+  // Known to be the same in all lanes, and not computed anew wherever it is used.
+  const uint32_t smem = __shfl_sync(~0u, ptx::dynamic_smem(), 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const WarpRole role = warp < 8    ? WarpRole::kConsumer
                         : warp == 8 ? WarpRole::kWeights

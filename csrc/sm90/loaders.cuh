@@ -38,7 +38,8 @@ class WeightLoader {
   __device__ WeightLoader(const Params& p, uint32_t smem) : p_(p), smem_(smem) {}
 
   // Publishes the segment and fetches its units, step by step through the CTA's row tiles. Missing
-  // tiles of the last group repeat the last tile; their rows lie beyond n.
+  // tiles of the last group repeat the last tile; their rows lie beyond n. A small tile's
+  // multiplication takes little longer than this warp for a unit: steps are counted, not computed.
   __device__ void load(int row_tile, const heuristics::Segment& s, JobRing<T>& jobs) {
     const int k_blocks = p_.schedule.k_blocks;
     const heuristics::Walk walk = walk_of(p_.schedule);
@@ -46,22 +47,26 @@ class WeightLoader {
     Tile tiles[T::kRowTiles];
 #pragma unroll
     for (int t = 0; t < T::kRowTiles; ++t) {
-      tiles[t] = Tile(p_.w, p_.tiles, min(row_tile + t, p_.schedule.row_tiles - 1));
+      tiles[t] = Tile(p_.tiles, min(row_tile + t, p_.schedule.row_tiles - 1));
       job.sparse_units[t] = tiles[t].sparse_units;
     }
     jobs.put(job);
+    heuristics::Turns turns(walk, s.step_begin);
 #pragma unroll 1
-    for (int turn = s.step_begin; turn < s.step_end; ++turn) {
-      const int step = walk.step(turn);
+    for (int left = s.step_end - s.step_begin; left > 0; --left) {
+      const int step = turns.next();
 #pragma unroll
       for (int t = 0; t < T::kRowTiles; ++t) {
         // One call, as it is much code: a CTA that starts late waits for its instructions.
         const bool sparse = step < tiles[t].sparse_units;
-        const int units = sparse ? 1 : min(2, k_blocks - 2 * step);
         const uint32_t bytes = sparse ? kSparseUnitBytes : kDenseUnitBytes;
-        const uint8_t* unit = tiles[t].unit(step);
+        const uint8_t* unit = tiles[t].unit(p_.w, step);
+        int units = sparse ? 1 : min(2, k_blocks - 2 * step);
 #pragma unroll 1
-        for (int i = 0; i < units; ++i) put(t, unit + i * bytes, bytes);
+        do {
+          put(t, unit, bytes);
+          unit += bytes;
+        } while (--units > 0);
       }
     }
   }
@@ -74,18 +79,19 @@ class WeightLoader {
 
  private:
   struct Tile {
-    const uint8_t* units;
-    int sparse_units;
+    int block, sparse_units;
 
     Tile() = default;
-    __device__ Tile(const uint8_t* w, const int4* tiles, int tile) {
+    __device__ Tile(const int4* tiles, int tile) {
       const int4 entry = __ldg(&tiles[tile]);
-      units = w + static_cast<int64_t>(entry.x) * format::kBlockBytes;
+      block = entry.x;
       sparse_units = entry.y;
     }
-    __device__ const uint8_t* unit(int step) const {
-      const int64_t sparse = min(step, sparse_units), dense = 2 * (step - sparse);
-      return units + sparse * kSparseUnitBytes + dense * kDenseUnitBytes;
+    __device__ const uint8_t* unit(const uint8_t* w, int step) const {
+      const int at = heuristics::kMaxStepBlocks * step -
+                     (heuristics::kMaxStepBlocks - heuristics::kSparseBlocks) *
+                         min(step, sparse_units);
+      return w + static_cast<int64_t>(block + at) * format::kBlockBytes;
     }
   };
 
@@ -93,7 +99,8 @@ class WeightLoader {
     Cursor<T::kWStages>& at = at_[tile];
     const int slot = tile * T::kWStages + at.slot;
     if (issued_++ == T::kWSlots) look_ahead(unit);
-    if (on_the_way_[tile] == p_.w_window) {
+    if (p_.w_window >= T::kWStages) {  // the ring is limit enough
+    } else if (on_the_way_[tile] == p_.w_window) {
       Cursor<T::kWStages>& landed = landed_[tile];
       ptx::barrier_wait(smem_ + T::kWFull + 8 * (tile * T::kWStages + landed.slot), landed.parity);
       landed.advance();
@@ -102,7 +109,7 @@ class WeightLoader {
     }
     ptx::barrier_wait(smem_ + T::kWEmpty + 8 * slot, at.parity ^ 1);
     __syncwarp();
-    if (ptx::lane_id() == 0) {
+    if (ptx::elect_one()) {
       const uint32_t full = smem_ + T::kWFull + 8 * slot;
       ptx::barrier_arrive_expect(full, bytes);
       ptx::bulk_copy(smem_ + slot * T::kWStageBytes, unit, bytes, full, p_.w_policy);
@@ -128,7 +135,7 @@ class WeightLoader {
     heuristics::Segment s;
     if (!schedule.next(s)) return nullptr;
     const int step = walk_of(launch.schedule).step(s.step_begin);
-    return Tile(next.w, next.tiles, s.group).unit(step) +
+    return Tile(next.tiles, s.group).unit(next.w, step) +
            (cta < launch.early ? launch.early_bytes : 0);
   }
 
@@ -137,7 +144,7 @@ class WeightLoader {
                                   const heuristics::ScheduleParams& schedule, int bytes) {
     constexpr int kPiece = 16 * 1024;
     const uint8_t* end = w + int64_t{schedule.stream_blocks} * format::kBlockBytes;
-    if (ptx::lane_id() != 0) return;
+    if (!ptx::elect_one()) return;
     for (int i = 0; i < bytes && from + i + kPiece <= end; i += kPiece) {
       ptx::bulk_prefetch_l2(from + i, kPiece);
     }
@@ -163,28 +170,39 @@ class ActivationLoader {
   __device__ void load(const Job& job) {
     const int row = job.token_tile * p_.tile_tokens + static_cast<int>(row_ * box_tokens());
     const int k_blocks = p_.schedule.k_blocks;
-    const heuristics::Walk walk = walk_of(p_.schedule);
-    for (int turn = job.begin; turn < job.end; ++turn) {
-      const int block = 2 * walk.step(turn);
-      put(block * kRowBytes, row);
-      if (block + 1 < k_blocks) put((block + 1) * kRowBytes, row);
+    heuristics::Turns turns(walk_of(p_.schedule), job.begin);
+#pragma unroll 1
+    for (int left = job.end - job.begin; left > 0; --left) {
+      const int block = 2 * turns.next(), blocks = min(2, k_blocks - block);
+      if constexpr (T::kXBlocks == 2) {
+        put(block, row, blocks);
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < blocks; ++i) put(block + i, row, 1);
+      }
     }
   }
 
  private:
-  __device__ void put(int column, int row) {
+  __device__ void put(int block, int row, int blocks) {
     ptx::barrier_wait(smem_ + T::kXEmpty + 8 * at_.slot, at_.parity ^ 1);
     __syncwarp();
-    if (ptx::lane_id() == 0) {
+    if (ptx::elect_one()) {
       const uint32_t full = smem_ + T::kXFull + 8 * at_.slot;
       const uint32_t slot = smem_ + T::kXRing + at_.slot * T::kXStageBytes;
-      ptx::barrier_arrive_expect(full, p_.tile_tokens * kRowBytes);
-      if constexpr (T::kClusterRows > 1) {
-        const uint16_t sharers = ((1u << T::kClusterRows) - 1) << first_;
-        ptx::tensor_copy_2d_multicast(slot + row_ * box_tokens() * kRowBytes, &p_.x_map, column,
-                                      row, full, sharers, device::kEvictLast);
-      } else {
-        ptx::tensor_copy_2d(slot, &p_.x_map, column, row, full, device::kEvictLast);
+      ptx::barrier_arrive_expect(full, blocks * p_.tile_tokens * kRowBytes);
+#pragma unroll
+      for (int i = 0; i < T::kXBlocks; ++i) {
+        if (i == blocks) break;
+        const uint32_t to = slot + i * T::kXBlockBytes;
+        const int column = (block + i) * kRowBytes;
+        if constexpr (T::kClusterRows > 1) {
+          const uint16_t sharers = ((1u << T::kClusterRows) - 1) << first_;
+          ptx::tensor_copy_2d_multicast(to + row_ * box_tokens() * kRowBytes, &p_.x_map, column,
+                                        row, full, sharers, device::kEvictLast);
+        } else {
+          ptx::tensor_copy_2d(to, &p_.x_map, column, row, full, device::kEvictLast);
+        }
       }
     }
     at_.advance();

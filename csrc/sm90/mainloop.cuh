@@ -8,10 +8,11 @@
 namespace spense::sm90 {
 
 // One consumer warpgroup. With one row tile a CTA it multiplies 64 of its rows, with two it has a
-// tile for itself. It works block by block of x: the instructions of a block are one group. With
-// kPromote it waits for each; else the next block's barriers and metadata are read meanwhile and
-// the block before is given back, which keeps a slot of x no longer than its latency and two
-// blocks' work.
+// tile for itself. It works batch by batch: what a slot of x is for, or a dense unit; the instructions
+// of a batch are one group. With kPromote it waits for each and adds what the tensor cores have summed
+// up, at their own precision, to the float32 sums. Else it waits for the next batch's barriers and
+// reads its metadata while the tensor cores are busy, which takes as long as a small tile's
+// multiplication, then for the batch, starts the next and gives back what the one before read.
 template <class T>
 class Multiplier {
  public:
@@ -26,10 +27,11 @@ class Multiplier {
     const uint32_t ring = smem + tile * T::kWStages * T::kWStageBytes;
     w_full_ = smem + T::kWFull + 8 * tile * T::kWStages;
     w_empty_ = smem + T::kWEmpty + 8 * tile * T::kWStages;
-    x_ring_ = smem + T::kXRing;
     x_full_ = smem + T::kXFull;
     x_empty_ = smem + T::kXEmpty;
-    values_ = ring + row0 * kRowBytes;
+    values_ = operand(ring + row0 * kRowBytes);
+    x_ring_smem_ = smem + T::kXRing;
+    x_ring_ = operand(x_ring_smem_);
     // wgmma.sp's metadata: lane l holds row l / 4 + 8 * (l % 2) of its warp's 16, and of each 64
     // logical columns (8 bytes) word l / 2 % 2.
     const int metadata_row = row0 + warp * 16 + lane / 4 + 8 * (lane % 2);
@@ -37,38 +39,58 @@ class Multiplier {
     second_word_ = lane / 2 % 2 != 0;
   }
 
-  // sums = the part of the tile that the turns [begin, end) of the walk make up. Every slot is
-  // given back when it returns.
+  // sums = the part of the tile that the turns [begin, end) of the walk make up. When it returns,
+  // every slot is given back but the last one of x with T::kStagedInSlot: no warpgroup reads that
+  // any more, and finished tiles go through it until the next run.
   __device__ void run(Sums sums, const heuristics::Walk& walk, int begin, int end, int sparse_units,
                       int k_blocks) {
     inside_ = false;
     if (T::kPromote || (T::kSplits > 1 && begin == end)) clear(sums);
-    uint32_t first[T::kParts][2] = {}, second[T::kParts][2] = {};
-    for (int turn = begin; turn < end; ++turn) {
-      const int step = walk.step(turn);
+    // With kPromote the tensor cores' sums of a batch, at their own precision.
+    float batch[T::kPromote ? T::kParts : 1][T::kPromote ? T::kSums : 1];
+    Metadata metadata = {};
+    heuristics::Turns turns(walk, begin);
+#pragma unroll 1
+    for (int left = end - begin; left > 0; --left) {
+      const int step = turns.next();
       if (step < sparse_units) {
-        ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
-        sparse_block<0>(sums, first, second);
-        sparse_block<1>(sums, second, first);
-        w_.advance();
+        sparse_step(sums, batch, metadata);
       } else {
-        for (int block = 2 * step; block < min(2 * step + 2, k_blocks); ++block) {
-          ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
-          dense_block(sums);
-          w_.advance();
-        }
+        dense_step(sums, batch, metadata, min(2, k_blocks - 2 * step));
       }
     }
-    if constexpr (!T::kPromote) {
-      ptx::mma_wait<0>();
+    if constexpr (!T::kPromote) retire(sums, metadata);
+    if constexpr (T::kStagedInSlot) {
+      const uint32_t x_ends = x_ends_;
+      x_ends_ = 0;
+      release();
+      x_ends_ = x_ends;
+      lent_ = true;
+      ptx::named_barrier_sync(kConsumersBarrier, T::kConsumerThreads);
+    } else if constexpr (!T::kPromote) {
       release();
     }
-    ptx::pin(sums);
-    ptx::pin(first);
-    ptx::pin(second);
+    if constexpr (!T::kStagedInSlot) x_ends_ = 0;
+    w_ends_ = 0;
+  }
+  __device__ uint32_t lent_slot() const {
+    const int slot = (x_ends_ - x_empty_) / 8;
+    return x_ring_smem_ + slot * T::kXStageBytes;
   }
 
  private:
+  static constexpr int kConsumersBarrier = 1 + heuristics::kConsumerWarpgroups;
+  static constexpr int kSparseColumns = 64, kDenseColumns = 32;  // of an instruction
+  // Instructions of a batch and, of their operands, 16-byte steps along a row.
+  static constexpr int kSparseSteps = T::kXBlocks * format::kDenseUnitColumns / kSparseColumns;
+  static constexpr int kDenseSteps = format::kDenseUnitColumns / kDenseColumns;
+  static constexpr uint64_t kPartStep = T::kPartRows * kRowBytes >> 4;
+  static constexpr uint64_t kXBlockStep = T::kXBlockBytes >> 4;
+  static constexpr uint64_t kXStageStep = T::kXStageBytes >> 4, kWStageStep = T::kWStageBytes >> 4;
+
+  using Metadata = uint32_t[T::kParts][kSparseSteps];
+  using Batch = float (&)[T::kPromote ? T::kParts : 1][T::kPromote ? T::kSums : 1];
+
   __device__ __forceinline__ static void clear(Sums sums) {
 #pragma unroll
     for (int part = 0; part < T::kParts; ++part) {
@@ -77,110 +99,143 @@ class Multiplier {
     }
   }
 
-  template <int kHalf>
-  __device__ __forceinline__ uint4 metadata_row(int part) const {
-    return ptx::load_shared_v4(metadata_ + w_.slot * T::kWStageBytes +
-                               format::metadata_offset(part * T::kPartRows, kHalf * 128) -
-                               format::metadata_offset(0, 0));
-  }
-
-  // Half of a sparse unit: 128 logical columns, two instructions for each part.
-  template <int kHalf>
-  __device__ __forceinline__ void sparse_block(Sums sums, uint32_t (&metadata)[T::kParts][2],
-                                               uint32_t (&previous)[T::kParts][2]) {
+  // A sparse unit, 256 logical columns: one batch, or two where a slot of x holds 128 columns.
+  __device__ __forceinline__ void sparse_step(Sums sums, Batch batch, Metadata& metadata) {
+    constexpr int kBatches = 2 / T::kXBlocks;
+    ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
 #pragma unroll
-    for (int part = 0; part < T::kParts; ++part) {
-      const uint4 row = metadata_row<kHalf>(part);
-      metadata[part][0] = second_word_ ? row.y : row.x;
-      metadata[part][1] = second_word_ ? row.w : row.z;
-    }
-    const uint64_t w = operand(values_ + w_.slot * T::kWStageBytes + kHalf * kRowBytes / 2);
-    const uint64_t x = next_x();
-    const auto issue = [&](auto& to, int part, int i, bool accumulate) {
-      constexpr int kXStep = 64 >> 4, kWStep = 32 >> 4;  // bytes of 64 logical columns
-      mma_sparse<T::kTokens>(to, w + part * kPartStep + i * kWStep, x + i * kXStep,
-                             metadata[part][i], accumulate);
-    };
-    multiply<kHalf == 1, 2>(sums, issue);
-    ptx::pin(previous);
-  }
-
-  // A dense unit: 128 columns, four instructions for each part.
-  __device__ __forceinline__ void dense_block(Sums sums) {
-    const uint64_t w = operand(values_ + w_.slot * T::kWStageBytes);
-    const uint64_t x = next_x();
-    const auto issue = [&](auto& to, int part, int i, bool accumulate) {
-      constexpr int kStep = 32 >> 4;
-      mma_dense<T::kTokens>(to, w + part * kPartStep + i * kStep, x + i * kStep, accumulate);
-    };
-    multiply<true, 4>(sums, issue);
-  }
-
-  // Waits for the next block of x and returns its operand.
-  __device__ __forceinline__ uint64_t next_x() {
-    ptx::barrier_wait(x_full_ + 8 * x_.slot, x_.parity);
-    const uint64_t x = operand(x_ring_ + x_.slot * T::kXStageBytes);
-    x_.advance();
-    return x;
-  }
-
-  // Issues the instructions of a block. With kPromote it waits for them and adds what the tensor
-  // cores have summed up, at their own precision, to the float32 sums; else it retires the block
-  // before, and the instructions under way may read the metadata of both until then.
-  template <bool kEndsUnit, int kInstructions, class Issue>
-  __device__ __forceinline__ void multiply(Sums sums, Issue issue) {
-    if constexpr (T::kPromote) {
-      float block[T::kParts][T::kSums];  // which its first instruction does not read
-      ptx::pin(block);
-      ptx::mma_fence();
-#pragma unroll
-      for (int i = 0; i < kInstructions; ++i) issue_parts(block, issue, i, i != 0);
-      ptx::mma_commit();
-      ptx::mma_wait<0>();
-      note_under_way(kEndsUnit);
-      release();
-      ptx::pin(block);
+    for (int b = 0; b < kBatches; ++b) {
+      uint4 rows[T::kParts][T::kXBlocks];
 #pragma unroll
       for (int part = 0; part < T::kParts; ++part) {
 #pragma unroll
-        for (int i = 0; i < T::kSums; ++i) sums[part][i] += block[part][i];
+        for (int i = 0; i < T::kXBlocks; ++i) {
+          const int column = (b * T::kXBlocks + i) * format::kDenseUnitColumns;
+          rows[part][i] = ptx::load_shared_v4(
+              metadata_ + w_.slot * T::kWStageBytes +
+              format::metadata_offset(part * T::kPartRows, column) - format::metadata_offset(0, 0));
+        }
       }
+      const uint64_t w = values_ + w_.slot * kWStageStep + b * T::kXBlocks * kRowBytes / 32;
+      const uint64_t x = next_x();
+      if constexpr (!T::kPromote) retire(sums, metadata);
+#pragma unroll
+      for (int part = 0; part < T::kParts; ++part) {
+#pragma unroll
+        for (int i = 0; i < T::kXBlocks; ++i) {
+          const uint4 row = rows[part][i];
+          metadata[part][2 * i] = second_word_ ? row.y : row.x;
+          metadata[part][2 * i + 1] = second_word_ ? row.w : row.z;
+        }
+      }
+      begin(sums, batch);
+#pragma unroll
+      for (int i = 0; i < kSparseSteps; ++i) {
+        constexpr int kXStep = kSparseColumns >> 4, kWStep = kSparseColumns / 2 >> 4;
+        const uint64_t x_step = i / 2 * kXBlockStep + i % 2 * kXStep;
+#pragma unroll
+        for (int part = 0; part < T::kParts; ++part) {
+          mma_sparse<T::kTokens>(target(sums, batch, part), w + part * kPartStep + i * kWStep,
+                                 x + x_step, metadata[part][i], accumulate(i));
+        }
+      }
+      end(sums, batch, metadata, b == kBatches - 1 ? w_empty_ + 8 * w_.slot : 0,
+          x_empty_ + 8 * x_.slot);
+      x_.advance();
+    }
+    w_.advance();
+  }
+
+  // One or two dense units of 128 columns, which are a batch each unless the ring of w holds more
+  // than two batches of both.
+  __device__ __forceinline__ void dense_step(Sums sums, Batch batch, Metadata& metadata, int units) {
+    uint64_t x = 0;
+#pragma unroll 1
+    for (int i = 0; i < units; ++i) {
+      ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
+      const uint64_t w = values_ + w_.slot * kWStageStep;
+      const bool first = T::kXBlocks == 1 || i == 0, last = T::kXBlocks == 1 || i == units - 1;
+      x = first ? next_x() : x + kXBlockStep;
+      if constexpr (!T::kPromote) retire(sums, metadata);
+      begin(sums, batch);
+#pragma unroll
+      for (int j = 0; j < kDenseSteps; ++j) {
+        constexpr int kStep = kDenseColumns >> 4;
+#pragma unroll
+        for (int part = 0; part < T::kParts; ++part) {
+          mma_dense<T::kTokens>(target(sums, batch, part), w + part * kPartStep + j * kStep,
+                                x + j * kStep, accumulate(j));
+        }
+      }
+      end(sums, batch, metadata, w_empty_ + 8 * w_.slot, last ? x_empty_ + 8 * x_.slot : 0);
+      if (last) x_.advance();
+      w_.advance();
+    }
+  }
+
+  // Waits for the next slot of x and returns its operand.
+  __device__ __forceinline__ uint64_t next_x() {
+    ptx::barrier_wait(x_full_ + 8 * x_.slot, x_.parity);
+    return x_ring_ + x_.slot * kXStageStep;
+  }
+
+  // Waits for the batch that is being multiplied, which reads its metadata until then.
+  __device__ __forceinline__ static void retire(Sums sums, Metadata& metadata) {
+    ptx::mma_wait<0>();
+    ptx::pin(metadata);
+    ptx::pin(sums);
+  }
+
+  __device__ __forceinline__ void begin(Sums sums, Batch batch) {
+    if constexpr (T::kPromote) {
+      ptx::pin(batch);
     } else {
       ptx::pin(sums);
-      ptx::mma_fence();
-#pragma unroll
-      for (int i = 0; i < kInstructions; ++i) issue_parts(sums, issue, i, i != 0 || inside_);
-      ptx::mma_commit();
-      inside_ = true;
-      ptx::mma_wait<1>();
+    }
+    ptx::mma_fence();
+  }
+  __device__ __forceinline__ static auto& target(Sums sums, Batch batch, int part) {
+    if constexpr (T::kPromote) {
+      return batch[part];
+    } else {
+      return sums[part];
+    }
+  }
+  // Whether instruction i of a batch adds to what there is.
+  __device__ __forceinline__ bool accumulate(int i) const {
+    return i != 0 || (!T::kPromote && inside_);
+  }
+  // Ends the group of instructions of a batch, with which a unit of w and a slot of x end, or one
+  // of them: their barriers, or 0. Gives back what the batch read, or without kPromote the one before.
+  __device__ __forceinline__ void end(Sums sums, Batch batch, Metadata& metadata, uint32_t w_ends,
+                                      uint32_t x_ends) {
+    ptx::mma_commit();
+    inside_ = true;
+    if constexpr (!T::kPromote) release();
+    w_ends_ = w_ends;
+    x_ends_ = x_ends;
+    if constexpr (T::kPromote) {
+      ptx::mma_wait<0>();
+      ptx::pin(metadata);
       release();
-      note_under_way(kEndsUnit);
-    }
-  }
-
-  template <class Issue>
-  __device__ __forceinline__ static void issue_parts(Sums sums, Issue issue, int i,
-                                                     bool accumulate) {
+      ptx::pin(batch);
 #pragma unroll
-    for (int part = 0; part < T::kParts; ++part) issue(sums[part], part, i, accumulate);
-  }
-
-  __device__ __forceinline__ void note_under_way(bool ends_unit) {
-    under_way_ = true;
-    ends_unit_ = ends_unit;
-  }
-
-  // Gives back the block of x that was under way, and its unit of w when that ends with it.
-  __device__ __forceinline__ void release() {
-    if (!under_way_) return;
-    __syncwarp();  // all lanes have read their metadata
-    if (ends_unit_) {
-      arrive<1>(w_empty_ + 8 * w_done_.slot, 0);
-      w_done_.advance();
+      for (int part = 0; part < T::kParts; ++part) {
+#pragma unroll
+        for (int i = 0; i < T::kSums; ++i) sums[part][i] += batch[part][i];
+      }
     }
-    arrive<T::kClusterRows>(x_empty_ + 8 * x_done_.slot, first_sharer_);
-    x_done_.advance();
-    under_way_ = false;
+  }
+
+  // Gives back what a batch read that has been waited for.
+  __device__ __forceinline__ void release() {
+    if constexpr (T::kStagedInSlot) {
+      if (lent_ && threadIdx.x % 128 == 0) ptx::store_wait_read<0>();
+      lent_ = false;
+    }
+    __syncwarp();  // all lanes have read their metadata
+    if (w_ends_ != 0) arrive<1>(w_ends_, 0);
+    if (x_ends_ != 0) arrive<T::kClusterRows>(x_ends_, first_sharer_);
   }
   // Arrives once a warp, at the barriers of all that share the slot.
   template <int kSharers>
@@ -193,15 +248,14 @@ class Multiplier {
     }
   }
 
-  static constexpr uint64_t kPartStep = T::kPartRows * kRowBytes >> 4;
-
   int first_sharer_;
-  uint32_t w_full_, w_empty_, x_ring_, x_full_, x_empty_, values_, metadata_;
+  uint32_t w_full_, w_empty_, x_ring_smem_, x_full_, x_empty_, metadata_;
+  uint64_t values_, x_ring_;  // operands of the rings' first slots
   bool second_word_;
-  bool under_way_ = false;  // a block of x is being multiplied,
-  bool ends_unit_ = false;  // with which its unit ends
-  Cursor<T::kWStages> w_, w_done_;
-  Cursor<T::kXStages> x_, x_done_;
+  uint32_t w_ends_ = 0, x_ends_ = 0;  // barriers of what ends with the batch under way, or 0
+  bool lent_ = false;  // finished sums may be on their way out of that slot of x
+  Cursor<T::kWStages> w_;
+  Cursor<T::kXStages> x_;
   bool inside_ = false;  // whether the sums have begun
 };
 

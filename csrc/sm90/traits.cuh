@@ -34,10 +34,10 @@ struct alignas(16) Job {
 static_assert(sizeof(Job) == heuristics::kJobBytes);
 
 template <int row_tiles, int tokens, int cluster_rows, int splits, int w_stages, int x_stages,
-          bool promote>
+          int x_blocks, bool promote>
 struct Traits {
-  static constexpr heuristics::GemmConfig kConfig{"",     row_tiles, tokens,   cluster_rows,
-                                                  splits, w_stages,  x_stages, promote};
+  static constexpr heuristics::GemmConfig kConfig{"",       row_tiles, tokens,   cluster_rows, splits,
+                                                  w_stages, x_stages,  x_blocks, promote};
   static_assert(heuristics::legal(kConfig));
 
   static constexpr int kRowTiles = row_tiles;
@@ -47,6 +47,7 @@ struct Traits {
   static constexpr int kClusterSize = cluster_rows * splits;
   static constexpr int kWStages = w_stages;
   static constexpr int kXStages = x_stages;
+  static constexpr int kXBlocks = x_blocks;  // of 128 columns in a slot of x
   static constexpr bool kPromote = promote;
 
   static constexpr int kJobStages = heuristics::kJobStages;
@@ -69,16 +70,19 @@ struct Traits {
 
   // Shared memory, in bytes from the start:
   //   w rings     kRowTiles x kWStages x 20480   units: 16 KiB values (128-byte swizzle), metadata
-  //   x ring      kXStages x tokens * 128   128 columns of the token tile (128-byte swizzle)
+  //   x ring      kXStages x kXBlocks x tokens * 128   blocks of 128 columns (128-byte swizzle)
   //   barriers    w_full, w_empty, x_full, x_empty, job_full, job_empty
   //   jobs        kJobStages x 32
   //   tickets     one word a consumer warpgroup, for the fix-up
   static constexpr int kWStageBytes = heuristics::kWStageBytes;
   static constexpr int kXStageBytes = heuristics::x_stage_bytes(kConfig);
+  static constexpr int kXBlockBytes = kXStageBytes / kXBlocks;
   static constexpr int kWSlots = kRowTiles * kWStages;
   static constexpr int kXRing = kWSlots * kWStageBytes;
   static constexpr bool kStaged = heuristics::staged(kConfig);
   static constexpr int kStoreTokens = heuristics::store_tokens(kConfig);
+  static constexpr bool kStagedInSlot = heuristics::staged_in_slot(kConfig);
+  static constexpr int kPieces = kStagedInSlot ? heuristics::slot_pieces(kConfig) : 2;
   static constexpr int kStaging = kXRing + kXStages * kXStageBytes;
   static constexpr int kWFull = kStaging + heuristics::staging_bytes(kConfig);
   static constexpr int kWEmpty = kWFull + 8 * kWSlots;

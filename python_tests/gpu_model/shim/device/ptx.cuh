@@ -11,6 +11,7 @@ namespace spense::ptx {
 
 using model::machine;
 
+inline bool elect_one() { return machine().self().lane() == 0; }
 inline uint32_t lane_id() { return static_cast<uint32_t>(machine().self().lane()); }
 template <int kCount>
 void take_registers() {}
