@@ -135,6 +135,15 @@ def test_activations_alone_are_within_their_bound(kind):
     assert float(((scale.double() - exact).abs() / exact).max()) < GATED_ERROR
 
 
+def test_gelu_far_below_zero_is_within_its_bound():
+    """A large `up` lifts the normal distribution's tail above the floor of a row's maximum."""
+    gate = torch.linspace(-12.5, -5, 4001)[:, None]
+    up = torch.full_like(gate, 1e33)
+    _, scale = run_gated(gate, up, "none", None)
+    exact = gated_float64(gate, up, "none").abs()[:, 0] / 448
+    assert float(((scale.double() - exact).abs() / exact).max()) < GATED_ERROR
+
+
 @pytest.mark.parametrize("kind", GATED)
 def test_a_bound_that_is_too_small_is_noticed(kind):
     """quantized_excess is no rubber stamp: 1 % on the activation breaks it."""

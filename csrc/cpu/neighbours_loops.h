@@ -47,11 +47,10 @@ float activate(float g) {
     return g / (1.0f + exp2_clamped(g * (kGeluLinear + kGeluCubic * (g * g))));
   } else {
     const float magnitude = std::bit_cast<float>(std::bit_cast<uint32_t>(g) & 0x7FFFFFFFu);
-    const float r = 1.0f / (1.0f + 0.5f * min_of(magnitude * kInverseSqrt2, kLargestH));
+    const float r = 1.0f / (magnitude + kTailShift);
     float q = activation::tail(kTailDegree);
     for (int i = kTailDegree - 1; i >= 0; --i) q = q * r + activation::tail(i);
-    const float tail = exp2_clamped(kGeluSquare * (g * g)) * (q * r);
-    return g * choose(g < 0.0f, tail, 1.0f - tail);
+    return max_of(g, 0.0f) - (q * r * magnitude) * exp2_clamped(kGeluSquare * (g * g));
   }
 }
 

@@ -14,12 +14,12 @@ __device__ float activate(float g) {
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     return __fdividef(g, 1.0f + ptx::exp2_fast(g * (kGeluLinear + kGeluCubic * (g * g))));
   } else {
-    const float r = __fdividef(1.0f, 1.0f + 0.5f * fminf(fabsf(g) * kInverseSqrt2, kLargestH));
+    const float r = __fdividef(1.0f, fabsf(g) + kTailShift);
     float q = activation::tail(kTailDegree);
 #pragma unroll
     for (int i = kTailDegree - 1; i >= 0; --i) q = fmaf(q, r, activation::tail(i));
-    const float tail = ptx::exp2_fast(kGeluSquare * (g * g)) * (q * r);
-    return g * (g < 0.0f ? tail : 1.0f - tail);
+    const float power = ptx::exp2_fast(kGeluSquare * (g * g));
+    return fmaf(q * r * -fabsf(g), power, fmaxf(g, 0.0f));
   }
 }
 
