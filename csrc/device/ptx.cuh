@@ -13,9 +13,8 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
 // True in one lane of a warp, all of which are here. The compiler knows that it is one.
 __device__ __forceinline__ bool elect_one() {
   uint32_t elected;
-  asm volatile(
-      "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}"
-      : "=r"(elected));
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}"
+               : "=r"(elected));
   return elected != 0;
 }
 __device__ __forceinline__ uint32_t lane_id() {

@@ -88,9 +88,9 @@ class WeightLoader {
       sparse_units = entry.y;
     }
     __device__ const uint8_t* unit(const uint8_t* w, int step) const {
-      const int at = heuristics::kMaxStepBlocks * step -
-                     (heuristics::kMaxStepBlocks - heuristics::kSparseBlocks) *
-                         min(step, sparse_units);
+      const int at =
+          heuristics::kMaxStepBlocks * step -
+          (heuristics::kMaxStepBlocks - heuristics::kSparseBlocks) * min(step, sparse_units);
       return w + static_cast<int64_t>(block + at) * format::kBlockBytes;
     }
   };

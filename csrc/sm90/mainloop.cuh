@@ -8,11 +8,12 @@
 namespace spense::sm90 {
 
 // One consumer warpgroup. With one row tile a CTA it multiplies 64 of its rows, with two it has a
-// tile for itself. It works batch by batch: what a slot of x is for, or a dense unit; the instructions
-// of a batch are one group. With kPromote it waits for each and adds what the tensor cores have summed
-// up, at their own precision, to the float32 sums. Else it waits for the next batch's barriers and
-// reads its metadata while the tensor cores are busy, which takes as long as a small tile's
-// multiplication, then for the batch, starts the next and gives back what the one before read.
+// tile for itself. It works batch by batch: what a slot of x is for, or a dense unit; the
+// instructions of a batch are one group. With kPromote it waits for each and adds what the tensor
+// cores have summed up, at their own precision, to the float32 sums. Else it waits for the next
+// batch's barriers and reads its metadata while the tensor cores are busy, which takes as long as a
+// small tile's multiplication, then for the batch, starts the next and gives back what the one
+// before read.
 template <class T>
 class Multiplier {
  public:
@@ -111,9 +112,9 @@ class Multiplier {
 #pragma unroll
         for (int i = 0; i < T::kXBlocks; ++i) {
           const int column = (b * T::kXBlocks + i) * format::kDenseUnitColumns;
-          rows[part][i] = ptx::load_shared_v4(
-              metadata_ + w_.slot * T::kWStageBytes +
-              format::metadata_offset(part * T::kPartRows, column) - format::metadata_offset(0, 0));
+          rows[part][i] = ptx::load_shared_v4(metadata_ + w_.slot * T::kWStageBytes +
+                                              format::metadata_offset(part * T::kPartRows, column) -
+                                              format::metadata_offset(0, 0));
         }
       }
       const uint64_t w = values_ + w_.slot * kWStageStep + b * T::kXBlocks * kRowBytes / 32;
@@ -148,7 +149,8 @@ class Multiplier {
 
   // One or two dense units of 128 columns, which are a batch each unless the ring of w holds more
   // than two batches of both.
-  __device__ __forceinline__ void dense_step(Sums sums, Batch batch, Metadata& metadata, int units) {
+  __device__ __forceinline__ void dense_step(Sums sums, Batch batch, Metadata& metadata,
+                                             int units) {
     uint64_t x = 0;
 #pragma unroll 1
     for (int i = 0; i < units; ++i) {
@@ -206,7 +208,8 @@ class Multiplier {
     return i != 0 || (!T::kPromote && inside_);
   }
   // Ends the group of instructions of a batch, with which a unit of w and a slot of x end, or one
-  // of them: their barriers, or 0. Gives back what the batch read, or without kPromote the one before.
+  // of them: their barriers, or 0. Gives back what the batch read, or without kPromote the one
+  // before.
   __device__ __forceinline__ void end(Sums sums, Batch batch, Metadata& metadata, uint32_t w_ends,
                                       uint32_t x_ends) {
     ptx::mma_commit();
@@ -253,7 +256,7 @@ class Multiplier {
   uint64_t values_, x_ring_;  // operands of the rings' first slots
   bool second_word_;
   uint32_t w_ends_ = 0, x_ends_ = 0;  // barriers of what ends with the batch under way, or 0
-  bool lent_ = false;  // finished sums may be on their way out of that slot of x
+  bool lent_ = false;                 // finished sums may be on their way out of that slot of x
   Cursor<T::kWStages> w_;
   Cursor<T::kXStages> x_;
   bool inside_ = false;  // whether the sums have begun

@@ -36,8 +36,8 @@ static_assert(sizeof(Job) == heuristics::kJobBytes);
 template <int row_tiles, int tokens, int cluster_rows, int splits, int w_stages, int x_stages,
           int x_blocks, bool promote>
 struct Traits {
-  static constexpr heuristics::GemmConfig kConfig{"",       row_tiles, tokens,   cluster_rows, splits,
-                                                  w_stages, x_stages,  x_blocks, promote};
+  static constexpr heuristics::GemmConfig kConfig{
+      "", row_tiles, tokens, cluster_rows, splits, w_stages, x_stages, x_blocks, promote};
   static_assert(heuristics::legal(kConfig));
 
   static constexpr int kRowTiles = row_tiles;
