@@ -43,7 +43,8 @@ TOKENS = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 # Shapes that a fit of the cost model leaves out by default. HELD_OUT has been part of some fits
 # all the same, UNSEEN never: bench/refit.py's judge is what it has not seen.
 HELD_OUT = [(7168, 2048), (2112, 7168), (28672, 8192), (6144, 4096)]
-UNSEEN = [(4096, 14336), (18432, 7168), (3072, 8192), (7168, 4608)]
+HELD_OUT += [(4096, 14336), (18432, 7168), (3072, 8192), (7168, 4608)]
+UNSEEN = [(11008, 4096), (4096, 11008), (8192, 8192), (14336, 4096)]
 
 
 @dataclass(frozen=True)

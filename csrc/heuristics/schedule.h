@@ -65,12 +65,12 @@ SPENSE_HD constexpr bool by_tickets(const ScheduleParams& p, int32_t cluster_cta
   return cluster_ctas == 1 && p.whole > p.clusters;
 }
 
+inline constexpr int kWalkShare = 1024;
+
 // The order in which a tile's steps are taken. Sparse columns come first in K and ask for more
 // bytes in the time of their multiplication than dense ones, so large tiles take steps from both
 // ends: `back` of 1024 from the last one backwards, spread evenly between those from the first one
 // on.
-inline constexpr int kWalkShare = 1024;
-
 struct Walk {
   int32_t steps = 0, back = 0;
 

@@ -99,8 +99,7 @@ class WeightLoader {
     Cursor<T::kWStages>& at = at_[tile];
     const int slot = tile * T::kWStages + at.slot;
     if (issued_++ == T::kWSlots) look_ahead(unit);
-    if (p_.w_window >= T::kWStages) {  // the ring is limit enough
-    } else if (on_the_way_[tile] == p_.w_window) {
+    if (p_.w_window < T::kWStages && on_the_way_[tile] == p_.w_window) {
       Cursor<T::kWStages>& landed = landed_[tile];
       ptx::barrier_wait(smem_ + T::kWFull + 8 * (tile * T::kWStages + landed.slot), landed.parity);
       landed.advance();

@@ -147,8 +147,7 @@ class Multiplier {
     w_.advance();
   }
 
-  // One or two dense units of 128 columns, which are a batch each unless the ring of w holds more
-  // than two batches of both.
+  // One or two dense units of 128 columns, a batch each.
   __device__ __forceinline__ void dense_step(Sums sums, Batch batch, Metadata& metadata,
                                              int units) {
     uint64_t x = 0;
