@@ -37,7 +37,7 @@ struct GemmConfig {
   int w_stages;      // ring of weight units for each row tile, 20 KiB a unit
   int x_stages;      // ring of activations,
   int x_blocks;      // in slots of so many blocks, 1 or 2, of tokens * 128 bytes each
-  bool promote;      // the tensor cores' sums are added in float32 every 128 or 256 columns
+  bool promote;      // the tensor cores' sums are added in float32 every 128 columns
 };
 
 // --- budgets ---

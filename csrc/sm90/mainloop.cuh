@@ -47,8 +47,8 @@ class Multiplier {
                       int k_blocks) {
     inside_ = false;
     if (T::kPromote || (T::kSplits > 1 && begin == end)) clear(sums);
-    // With kPromote the tensor cores' sums of a batch, at their own precision.
-    float batch[T::kPromote ? T::kParts : 1][T::kPromote ? T::kSums : 1];
+    // With kPromote the tensor cores' sums of each block of a batch, at their own precision.
+    float batch[kBatchSums][T::kPromote ? T::kParts : 1][T::kPromote ? T::kSums : 1];
     Metadata metadata = {};
     heuristics::Turns turns(walk, begin);
 #pragma unroll 1
@@ -82,15 +82,19 @@ class Multiplier {
  private:
   static constexpr int kConsumersBarrier = 1 + heuristics::kConsumerWarpgroups;
   static constexpr int kSparseColumns = 64, kDenseColumns = 32;  // of an instruction
+  // Blocks of 128 columns in a batch of a sparse unit: larger tiles have no registers for the sums
+  // of two blocks, which are promoted one by one.
+  static constexpr int kBlocks = T::kPromote && T::kTokens > 32 ? 1 : T::kXBlocks;
+  static constexpr int kBatchSums = T::kPromote ? kBlocks : 1;
   // Instructions of a batch and, of their operands, 16-byte steps along a row.
-  static constexpr int kSparseSteps = T::kXBlocks * format::kDenseUnitColumns / kSparseColumns;
+  static constexpr int kSparseSteps = kBlocks * format::kDenseUnitColumns / kSparseColumns;
   static constexpr int kDenseSteps = format::kDenseUnitColumns / kDenseColumns;
   static constexpr uint64_t kPartStep = T::kPartRows * kRowBytes >> 4;
   static constexpr uint64_t kXBlockStep = T::kXBlockBytes >> 4;
   static constexpr uint64_t kXStageStep = T::kXStageBytes >> 4, kWStageStep = T::kWStageBytes >> 4;
 
   using Metadata = uint32_t[T::kParts][kSparseSteps];
-  using Batch = float (&)[T::kPromote ? T::kParts : 1][T::kPromote ? T::kSums : 1];
+  using Batch = float (&)[kBatchSums][T::kPromote ? T::kParts : 1][T::kPromote ? T::kSums : 1];
 
   __device__ __forceinline__ static void clear(Sums sums) {
 #pragma unroll
@@ -100,30 +104,32 @@ class Multiplier {
     }
   }
 
-  // A sparse unit, 256 logical columns: one batch, or two where a slot of x holds 128 columns.
+  // A sparse unit, 256 logical columns: one batch or two.
   __device__ __forceinline__ void sparse_step(Sums sums, Batch batch, Metadata& metadata) {
-    constexpr int kBatches = 2 / T::kXBlocks;
+    constexpr int kBatches = 2 / kBlocks;
+    constexpr bool kSharedSlot = kBlocks < T::kXBlocks;  // both batches of one slot of x
     ptx::barrier_wait(w_full_ + 8 * w_.slot, w_.parity);
+    uint64_t x = 0;
 #pragma unroll
     for (int b = 0; b < kBatches; ++b) {
-      uint4 rows[T::kParts][T::kXBlocks];
+      uint4 rows[T::kParts][kBlocks];
 #pragma unroll
       for (int part = 0; part < T::kParts; ++part) {
 #pragma unroll
-        for (int i = 0; i < T::kXBlocks; ++i) {
-          const int column = (b * T::kXBlocks + i) * format::kDenseUnitColumns;
+        for (int i = 0; i < kBlocks; ++i) {
+          const int column = (b * kBlocks + i) * format::kDenseUnitColumns;
           rows[part][i] = ptx::load_shared_v4(metadata_ + w_.slot * T::kWStageBytes +
                                               format::metadata_offset(part * T::kPartRows, column) -
                                               format::metadata_offset(0, 0));
         }
       }
-      const uint64_t w = values_ + w_.slot * kWStageStep + b * T::kXBlocks * kRowBytes / 32;
-      const uint64_t x = next_x();
+      const uint64_t w = values_ + w_.slot * kWStageStep + b * kBlocks * kRowBytes / 32;
+      x = kSharedSlot && b > 0 ? x + kXBlockStep : next_x();
       if constexpr (!T::kPromote) retire(sums, metadata);
 #pragma unroll
       for (int part = 0; part < T::kParts; ++part) {
 #pragma unroll
-        for (int i = 0; i < T::kXBlocks; ++i) {
+        for (int i = 0; i < kBlocks; ++i) {
           const uint4 row = rows[part][i];
           metadata[part][2 * i] = second_word_ ? row.y : row.x;
           metadata[part][2 * i + 1] = second_word_ ? row.w : row.z;
@@ -136,13 +142,15 @@ class Multiplier {
         const uint64_t x_step = i / 2 * kXBlockStep + i % 2 * kXStep;
 #pragma unroll
         for (int part = 0; part < T::kParts; ++part) {
-          mma_sparse<T::kTokens>(target(sums, batch, part), w + part * kPartStep + i * kWStep,
-                                 x + x_step, metadata[part][i], accumulate(i));
+          mma_sparse<T::kTokens>(target(sums, batch, i / 2, part),
+                                 w + part * kPartStep + i * kWStep, x + x_step, metadata[part][i],
+                                 accumulate(T::kPromote ? i % 2 : i));
         }
       }
-      end(sums, batch, metadata, b == kBatches - 1 ? w_empty_ + 8 * w_.slot : 0,
-          x_empty_ + 8 * x_.slot);
-      x_.advance();
+      const bool last = b == kBatches - 1;
+      end<kBatchSums>(sums, batch, metadata, last ? w_empty_ + 8 * w_.slot : 0,
+                      last || !kSharedSlot ? x_empty_ + 8 * x_.slot : 0);
+      if (last || !kSharedSlot) x_.advance();
     }
     w_.advance();
   }
@@ -164,11 +172,11 @@ class Multiplier {
         constexpr int kStep = kDenseColumns >> 4;
 #pragma unroll
         for (int part = 0; part < T::kParts; ++part) {
-          mma_dense<T::kTokens>(target(sums, batch, part), w + part * kPartStep + j * kStep,
+          mma_dense<T::kTokens>(target(sums, batch, 0, part), w + part * kPartStep + j * kStep,
                                 x + j * kStep, accumulate(j));
         }
       }
-      end(sums, batch, metadata, w_empty_ + 8 * w_.slot, last ? x_empty_ + 8 * x_.slot : 0);
+      end<1>(sums, batch, metadata, w_empty_ + 8 * w_.slot, last ? x_empty_ + 8 * x_.slot : 0);
       if (last) x_.advance();
       w_.advance();
     }
@@ -195,20 +203,21 @@ class Multiplier {
     }
     ptx::mma_fence();
   }
-  __device__ __forceinline__ static auto& target(Sums sums, Batch batch, int part) {
+  __device__ __forceinline__ static auto& target(Sums sums, Batch batch, int block, int part) {
     if constexpr (T::kPromote) {
-      return batch[part];
+      return batch[block][part];
     } else {
       return sums[part];
     }
   }
-  // Whether instruction i of a batch adds to what there is.
+  // Whether instruction i of a batch, or with kPromote of a block, adds to what there is.
   __device__ __forceinline__ bool accumulate(int i) const {
     return i != 0 || (!T::kPromote && inside_);
   }
-  // Ends the group of instructions of a batch, with which a unit of w and a slot of x end, or one
-  // of them: their barriers, or 0. Gives back what the batch read, or without kPromote the one
-  // before.
+  // Ends the group of instructions of a batch of so many blocks' sums, with which a unit of w and a
+  // slot of x end, or one of them: their barriers, or 0. Gives back what the batch read, or without
+  // kPromote the one before.
+  template <int kUsed>
   __device__ __forceinline__ void end(Sums sums, Batch batch, Metadata& metadata, uint32_t w_ends,
                                       uint32_t x_ends) {
     ptx::mma_commit();
@@ -222,9 +231,12 @@ class Multiplier {
       release();
       ptx::pin(batch);
 #pragma unroll
-      for (int part = 0; part < T::kParts; ++part) {
+      for (int block = 0; block < kUsed; ++block) {
 #pragma unroll
-        for (int i = 0; i < T::kSums; ++i) sums[part][i] += batch[part][i];
+        for (int part = 0; part < T::kParts; ++part) {
+#pragma unroll
+          for (int i = 0; i < T::kSums; ++i) sums[part][i] += batch[block][part][i];
+        }
       }
     }
   }
