@@ -38,6 +38,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--noise", type=float, default=0.0, help="share of tokens, see FinetuneConfig"
     )
+    parser.add_argument(
+        "--resample", type=float, default=0.0, help="share of tokens, see FinetuneConfig"
+    )
     return parser.parse_args()
 
 
@@ -87,7 +90,7 @@ def tune(session: Session, name: str, pruned, dense_fraction: float, options) ->
     student = make_student(pruned)
     config = FinetuneConfig(
         minutes=options.tune_seconds / 60, batch=options.batch, lr=options.lr, warmup=40,
-        splice=options.splice, noise=options.noise,
+        splice=options.splice, noise=options.noise, resample=options.resample,
     )  # fmt: skip
     begin = time.monotonic()
     report = finetune(student, session.model, session.training(), config)

@@ -33,6 +33,8 @@ class FinetuneConfig:
             windows as they are.
         noise: share of tokens that are replaced by others of the text. With this or `splice` no two
             passes over the text are alike, and the teacher's states cannot be kept.
+        resample: share of a window's tokens that are drawn anew in each step, from what the teacher
+            says in their place; so is this.
         compile: on CUDA, fuse element-wise work with torch.compile; costs seconds at the start.
         graph: on CUDA with one process, replay steps as a CUDA graph.
     """
@@ -50,6 +52,7 @@ class FinetuneConfig:
     seed: int = 0
     splice: int = 1
     noise: float = 0.0
+    resample: float = 0.0
     compile: bool = True
     graph: bool = True
 
@@ -68,8 +71,10 @@ class FinetuneConfig:
             raise PruneError(f"FinetuneConfig: lr must be above 0, got {self.lr}")
         if not 0.0 <= self.lr_end <= 1.0:
             raise PruneError(f"FinetuneConfig: lr_end must be in 0..1, got {self.lr_end}")
-        if not 0.0 <= self.noise < 1.0:
-            raise PruneError(f"FinetuneConfig: noise must be in 0..1, below 1, got {self.noise}")
+        for name in ("noise", "resample"):
+            share = getattr(self, name)
+            if not 0.0 <= share < 1.0:
+                raise PruneError(f"FinetuneConfig: {name} must be in 0..1, below 1, got {share}")
         if not self.clip >= 0:
             raise PruneError(f"FinetuneConfig: clip must be at least 0, got {self.clip}")
 

@@ -20,6 +20,7 @@ from spense_kernels.finetune.batches import Batches
 from spense_kernels.finetune.config import FinetuneConfig
 from spense_kernels.finetune.fuse import fused_norms, fused_rotary
 from spense_kernels.finetune.loss import distillation_loss
+from spense_kernels.finetune.resample import resampled
 from spense_kernels.finetune.student import compiled_layers, student_layers
 from spense_kernels.finetune.teacher import TeacherStates, last_hidden, without_waiting
 from spense_kernels.models import need
@@ -184,16 +185,19 @@ class _Run:
         inputs = [without_waiting(self.batches.ids(step, rows)[mine], self.device)]
         if self.states.kept:
             inputs.append(self.states.of(rows[mine]))
+        elif self.config.resample:
+            inputs += [without_waiting(x[mine], self.device) for x in self.batches.draws(step)]
         total = self.update(*inputs)
         if step % 50 == 0 and not bool(torch.isfinite(total)):
             raise SpenseError(f"finetune: the loss of step {step} is {float(total)}")
         return total
 
-    def _update(self, ids: Tensor, target: Tensor | None = None) -> Tensor:
+    def _update(self, ids: Tensor, *more: Tensor) -> Tensor:
         """One step of the optimiser on windows [B, L]; their mean loss.
 
         Args:
-            target: the teacher's last hidden states [B, L, D], or None to work them out.
+            more: the teacher's last hidden states [B, L, D]; or places and chances [B, R] of tokens
+                to draw anew; or nothing.
         """
         config, accelerator = self.config, self.accelerator
         size = config.micro_batch or max(1, len(ids))
@@ -201,8 +205,7 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for start in starts:
             part = slice(start, start + size)
-            wanted = None if target is None else target[part]
-            loss = self._loss(ids[part], wanted) * (len(ids[part]) / len(ids))
+            loss = self._loss(ids[part], *(x[part] for x in more)) * (len(ids[part]) / len(ids))
             if start != starts[-1] and accelerator.num_processes > 1:
                 with accelerator.no_sync(self.student):
                     accelerator.backward(loss)
@@ -215,10 +218,15 @@ class _Run:
         self.optimizer.zero_grad()
         return total
 
-    def _loss(self, ids: Tensor, target: Tensor | None) -> Tensor:
-        if target is None:
+    def _loss(self, ids: Tensor, *more: Tensor) -> Tensor:
+        if self.states.kept:
+            (target,) = more
+        else:
             with torch.no_grad():
                 target = last_hidden(self.teacher, ids)
+                if more:
+                    ids = resampled(self.teacher, target, ids, *more)
+                    target = last_hidden(self.teacher, ids)
         # Through the wrapper's forward when there is one, so that it sees the gradients.
         hidden = self._hidden(ids)
         return distillation_loss(
