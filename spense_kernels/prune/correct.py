@@ -214,21 +214,23 @@ class Corrector:
             for hidden, x_d in zip(self.pruned.hidden, seen.inputs, strict=True):
                 with suppress(Stop):
                     self.pruned.call(index, hidden.to(self.device))
-                x_p, x_d = self._read(inputs.pop()), x_d.to(self.device).float()
-                delta = x_d - x_p
+                codes, scale = self._read(inputs.pop())
+                x_p, x_d = codes.float() * scale[:, None], x_d.to(self.device).float()
+                delta = (x_d - x_p) * scale[:, None]
                 for i, weight in enumerate(weights):
                     weight = weight[place : place + len(x_p)]
-                    accumulate(sums[0, i], x_p, weight)
-                    add_product(sums[1, i], delta, x_p * weight[:, None])
+                    accumulate(sums[0, i], codes, weight * scale.square())
+                    add_product(sums[1, i], delta * weight[:, None], codes)
                 firsts.append((x_d[::length], x_p[::length]))
                 place += len(x_p)
         finally:
             handle.remove()
         return [torch.cat(part) for part in zip(*firsts, strict=True)]
 
-    def _read(self, x: Tensor) -> Tensor:
-        """float32 [T, K]: x as a pruned projection reads it."""
+    def _read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x as a pruned projection reads it: codes [T, K] times a float32 scale [T] each."""
         if not self.config.fp8:
-            return x.flatten(0, -2).float()
+            x = x.flatten(0, -2)
+            return x, torch.ones(len(x), device=x.device)
         codes, scale = ops.quantize_fp8(rows_of(x))
-        return codes.float() * scale[:, None]
+        return codes.bfloat16(), scale  # e4m3 is exact in it, and products are fast
