@@ -111,8 +111,8 @@ def test_parts_of_the_positions_add_up(monkeypatch):
     whole.backward()
     grad, hidden.grad = hidden.grad, None
     monkeypatch.setattr(loss, "CPU_BYTES", 4 * 211 * 5)
-    assert [part.stop for part in loss.parts_of(hidden, 211)] == [5, 10, 15]
-    assert [part.stop for part in loss.parts_of(hidden[:12], 211)] == [4, 8, 12]
+    assert [part.stop for part in loss._parts(hidden, 211)] == [5, 10, 15]
+    assert [part.stop for part in loss._parts(hidden[:12], 211)] == [4, 8, 12]
     parts = loss.distillation_loss(pupil, teacher, hidden, target)
     parts.backward()
     torch.testing.assert_close(parts, whole)

@@ -31,7 +31,6 @@ VERSIONS = {
     "jargon-text": "4.4.7-4.1",
 }
 CALIBRATION_SEED, TEST_SEED, VALIDATION_SEED = 1, 2, 999
-CUTS = (4, 8)  # of the FAQ and the handbook, for a fine-tune
 RESERVE = 24  # windows of the handbook that no calibration set takes
 _BLOCK = re.compile(r"</(p|div|li|h\d|tr|pre|blockquote|dt|dd|title)>|<br */?>", re.IGNORECASE)
 _DROP = re.compile(r"<(script|style|head)\b.*?</\1>", re.IGNORECASE | re.DOTALL)
@@ -161,23 +160,25 @@ def draw_validation(pools: dict[str, Tensor], seen: Tensor, count: int) -> Tenso
     return torch.cat(out)
 
 
-def training_windows(
-    pools: dict[str, Tensor], cuts: tuple[int, int] = CUTS, without: Tensor | None = None
-) -> Tensor:
-    """All text of the calibration side for a fine-tune: each book cut at several offsets.
+def hold_out(pools: dict[str, Tensor], count: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Pools without their last pages, and int64 [count, L] windows of those, half of each book.
 
-    Args:
-        cuts: offsets a book.
-        without: int64 [S, L] windows that stay out, so that they can tell settings apart.
+    Windows from between others (draw_validation) share pages with the text of a fine-tune, and get
+    better with it long after those of other pages have stopped.
     """
-    left_out = set() if without is None else {tuple(row) for row in without.tolist()}
+    kept = {name: pool[: len(pool) - count // 2] for name, pool in pools.items()}
+    return kept, torch.cat([pool[len(pool) - count // 2 :] for pool in pools.values()])
+
+
+def training_windows(pools: dict[str, Tensor]) -> Tensor:
+    """All text of the calibration side for a fine-tune: each book cut at several offsets."""
     out = []
-    for pool, offsets in zip((pools["faq"], pools["book"]), cuts, strict=True):
-        kept = [tuple(row) not in left_out for row in pool.tolist()]
+    for name, cuts in (("faq", 4), ("book", 8)):
+        pool = pools[name]
         length = pool.shape[1] - 1
-        stream = pool[torch.tensor(kept), 1:].flatten()
-        for offset in range(offsets):
-            part = stream[offset * length // offsets :]
+        stream = pool[:, 1:].flatten()
+        for cut in range(cuts):
+            part = stream[cut * length // cuts :]
             rows = part[: len(part) // length * length].view(-1, length)
             out.append(torch.cat([pool[:1, :1].expand(len(rows), 1), rows], dim=1))
     return torch.cat(out)

@@ -38,9 +38,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--noise", type=float, default=0.0, help="share of tokens, see FinetuneConfig"
     )
-    parser.add_argument(
-        "--resample", type=float, default=0.0, help="share of tokens, see FinetuneConfig"
-    )
+    for name in ("lr-end", "average", "features"):
+        parser.add_argument(f"--{name}", type=float, default=0.0, help="see FinetuneConfig")
     return parser.parse_args()
 
 
@@ -90,7 +89,8 @@ def tune(session: Session, name: str, pruned, dense_fraction: float, options) ->
     student = make_student(pruned)
     config = FinetuneConfig(
         minutes=options.tune_seconds / 60, batch=options.batch, lr=options.lr, warmup=40,
-        splice=options.splice, noise=options.noise, resample=options.resample,
+        splice=options.splice, noise=options.noise, lr_end=options.lr_end,
+        average=options.average, features=options.features,
     )  # fmt: skip
     begin = time.monotonic()
     report = finetune(student, session.model, session.training(), config)

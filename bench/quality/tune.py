@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the fine-tune beside each other, validation windows held out of its text.
+"""Settings of the fine-tune beside each other, on validation pages that are not in its text.
 
     python bench/quality/tune.py --device cuda --calibration 320 --validation 48
-    python bench/quality/tune.py --device cuda --settings base resample --share 0/2
+    python bench/quality/tune.py --device cuda --settings base "lr 1e-4" --share 0/2
 
-One model is pruned once; each setting tunes a copy of it by as many steps. With --share I/N the run
-takes every Nth setting, for as many GPUs.
+One model is pruned once; each setting tunes a copy of it. What can be had from the weights on the
+way (their mean over the last steps, a point between the start and the end) is measured beside. With
+--share I/N the run takes every Nth setting, for as many GPUs.
 """
 
 from __future__ import annotations
@@ -14,23 +15,30 @@ import argparse
 import copy
 import time
 
-from corpus import CUTS, training_windows
+import torch
+from corpus import hold_out, training_windows
 from session import Session, add_options, open_session
 from targets import best, label
 
-from spense_kernels.finetune import FinetuneConfig, finetune, finish_student, make_student
+from spense_kernels.finetune import FinetuneConfig, finetune, make_student, student_layers
+from spense_kernels.finetune.average import WeightMean
 
-# By name: how FinetuneConfig differs, with "cuts" of the books and "times" as many steps beside.
+# By name: how FinetuneConfig differs, with "times" as many steps beside.
 SETTINGS = {
     "base": {},
-    "drawn 0.3": {"resample": 0.3},
-    "even books, drawn 0.3": {"resample": 0.3, "cuts": (4, 4)},
-    "even books": {"cuts": (4, 4)},
-    "drawn 0.6": {"resample": 0.6},
+    "features 1": {"features": 1.0},
     "lr 1e-4": {"lr": 1e-4},
-    "noise 0.1": {"noise": 0.1},
-    "drawn 0.3, longer": {"resample": 0.3, "times": 1.6},
+    "lr_end 0.5": {"lr_end": 0.5},
+    "features 4": {"features": 4.0},
+    "lr 7e-5": {"lr": 7e-5},
+    "steps x0.6": {"times": 0.6},
+    "lr 1e-4, lr_end 0.5": {"lr": 1e-4, "lr_end": 0.5},
+    "features 4, lr 1e-4": {"features": 4.0, "lr": 1e-4},
+    "features 16": {"features": 16.0},
+    "lr 3e-4, lr_end 0.5": {"lr": 3e-4, "lr_end": 0.5},
 }
+MEAN_OF = 0.4  # of the steps, the last ones
+WAY = 0.85  # between the start (0) and the end (1)
 
 
 def parse() -> argparse.Namespace:
@@ -38,46 +46,76 @@ def parse() -> argparse.Namespace:
     add_options(parser, "bench/results/quality_tune.json")
     parser.add_argument("--fraction", type=float, default=0.5, help="dense")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1150)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--share", default="0/1", help="I/N: every Nth setting from I on")
     return parser.parse_args()
 
 
+class LastSteps:
+    """Stands for a progress display; takes the mean of the weights over the last steps."""
+
+    def __init__(self, mean: WeightMean, first: int):
+        self.mean, self._first, self._done = mean, first, 0
+
+    def start(self, stage: str, total: int) -> None:
+        pass
+
+    def advance(self, count: int = 1) -> None:
+        self._done += count
+        if self._done > self._first:
+            self.mean.add()
+
+    def finish(self) -> None:
+        pass
+
+
 def fill(session: Session, options) -> None:
+    session.pools, session.windows["validation"] = hold_out(session.pools, options.validation)
     session.ends()
     first, step = (int(part) for part in options.share.split("/"))
     config = best(options.device, dense_fraction=options.fraction, seed=options.seed)
     start = f"{label(options.fraction)}, seed {options.seed}"
     row, pruned = session.prune(start, config, options.seed)
-    student = make_student(pruned).to("cpu")
+    student = make_student(pruned)
+    known = {"dense_fraction": row["dense_fraction"], "config": {"fp8": True}}
     for setting in options.settings[first::step]:
         name = f"{start}, {setting}, {options.steps} steps"
-        if name in session.results["rows"]:
-            continue
-        changes = dict(SETTINGS[setting])
-        windows = training_windows(
-            session.pools, changes.pop("cuts", CUTS), without=session.windows["validation"]
-        )
-        steps = round(options.steps * changes.pop("times", 1))
-        config = FinetuneConfig(
-            **{"steps": steps, "batch": 16, "lr": 1.5e-4, "warmup": 40, "splice": 4, **changes}
-        )
-        tuned = copy.deepcopy(student)
-        begin = time.monotonic()
-        report = finetune(tuned, session.model, windows, config)
-        found = {
-            "tune_seconds": round(time.monotonic() - begin, 1),
-            "steps": steps,
-            "tokens": report.tokens,
-            "train_kl": [round(x, 4) for x in report.losses[:: max(1, steps // 20)]],
-            "dense_fraction": row["dense_fraction"],
-            "config": {"fp8": True},
-            "finetune_config": config.to_json(),
-            "training_windows": len(windows),
-        }
-        session.keep(name, found, finish_student(tuned).to(session.device))
-        print(f"  {found['tune_seconds']} s, KL {found['train_kl'][-3:]}", flush=True)
+        if name not in session.results["rows"]:
+            tune(session, name, student, known, dict(SETTINGS[setting]), options.steps)
+
+
+def tune(session: Session, name: str, student, known: dict, changes: dict, steps: int) -> None:
+    """Tune a copy of the student and measure it, as FP8 is in its forward pass already."""
+    steps = round(steps * changes.pop("times", 1))
+    windows = training_windows(session.pools)
+    config = FinetuneConfig(
+        **{"steps": steps, "batch": 16, "lr": 1.5e-4, "warmup": 40, "splice": 4, **changes}
+    )
+    tuned = copy.deepcopy(student)
+    weights = [layer.weight for layer in student_layers(tuned).values()]
+    starts = [layer.weight.detach() for layer in student_layers(student).values()]
+    last = LastSteps(WeightMean(weights), steps - round(MEAN_OF * steps))
+    begin = time.monotonic()
+    report = finetune(tuned, session.model, windows, config, progress=last)
+    found = {
+        **known,
+        "tune_seconds": round(time.monotonic() - begin, 1),
+        "steps": steps,
+        "tokens": report.tokens,
+        "train_kl": [round(x, 4) for x in report.losses[:: max(1, steps // 20)]],
+        "finetune_config": config.to_json(),
+        "training_windows": len(windows),
+    }
+    session.keep(name, found, tuned)
+    print(f"  {found['tune_seconds']} s, KL {found['train_kl'][-3:]}", flush=True)
+    ends = [weight.detach().clone() for weight in weights]
+    last.mean.apply()
+    session.keep(f"{name}, mean of the last {MEAN_OF:g}", dict(known), tuned)
+    with torch.no_grad():
+        for weight, first, end in zip(weights, starts, ends, strict=True):
+            weight.copy_(first.lerp(end, WAY))
+    session.keep(f"{name}, {WAY:g} of the way", dict(known), tuned)
 
 
 def main() -> None:

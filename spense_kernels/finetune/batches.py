@@ -13,12 +13,12 @@ class Batches:
     """Windows by step; the same for the same seed, on every process and after a resume.
 
     Attributes:
-        changed: whether windows are spliced, noisy or drawn anew, so that none comes twice.
+        changed: whether windows are spliced or noisy, so that none comes twice.
     """
 
     def __init__(self, windows: Tensor, config: FinetuneConfig):
         self.windows, self.config = windows, config
-        self.changed = config.splice > 1 or config.noise > 0 or config.resample > 0
+        self.changed = config.splice > 1 or config.noise > 0
 
     def rows(self, step: int) -> Tensor:
         """int64 [batch]: one shuffled pass over the windows after another."""
@@ -45,17 +45,6 @@ class Batches:
             replaced[:, 0] = False  # the token that a window starts with
             found = torch.where(replaced, self._any(found.shape, generator), found)
         return found
-
-    def draws(self, step: int) -> tuple[Tensor, Tensor]:
-        """Which tokens of a step are drawn anew, and how the draws fall, see `resampled`.
-
-        int64 [batch, R] places in 1..L-1 and float32 [batch, R] in 0..1, for all of its rows.
-        """
-        batch, length = self.config.batch, self.windows.shape[1]
-        count = round(self.config.resample * (length - 1))
-        generator = torch.Generator().manual_seed((self.config.seed << 32) + step + (1 << 31))
-        order = torch.rand(batch, length - 1, generator=generator).argsort(dim=1)
-        return order[:, :count] + 1, torch.rand(batch, count, generator=generator)
 
     def _spliced(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Windows that begin as those of `rows` do and go on as others, at random places."""

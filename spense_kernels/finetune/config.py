@@ -33,8 +33,10 @@ class FinetuneConfig:
             windows as they are.
         noise: share of tokens that are replaced by others of the text. With this or `splice` no two
             passes over the text are alike, and the teacher's states cannot be kept.
-        resample: share of a window's tokens that are drawn anew in each step, from what the teacher
-            says in their place; so is this.
+        average: share of the steps, the last ones, whose weights' mean is the result; 0 for the
+            weights of the last step.
+        features: weight of the distance between the outputs of the decoder layers, see
+            LayerOutputs, beside that of the predictions. Nor can states be kept with it.
         compile: on CUDA, fuse element-wise work with torch.compile; costs seconds at the start.
         graph: on CUDA with one process, replay steps as a CUDA graph.
     """
@@ -52,7 +54,8 @@ class FinetuneConfig:
     seed: int = 0
     splice: int = 1
     noise: float = 0.0
-    resample: float = 0.0
+    average: float = 0.0
+    features: float = 0.0
     compile: bool = True
     graph: bool = True
 
@@ -71,12 +74,15 @@ class FinetuneConfig:
             raise PruneError(f"FinetuneConfig: lr must be above 0, got {self.lr}")
         if not 0.0 <= self.lr_end <= 1.0:
             raise PruneError(f"FinetuneConfig: lr_end must be in 0..1, got {self.lr_end}")
-        for name in ("noise", "resample"):
+        for name in ("noise", "average"):
             share = getattr(self, name)
             if not 0.0 <= share < 1.0:
                 raise PruneError(f"FinetuneConfig: {name} must be in 0..1, below 1, got {share}")
-        if not self.clip >= 0:
-            raise PruneError(f"FinetuneConfig: clip must be at least 0, got {self.clip}")
+        for name in ("clip", "features"):
+            if not getattr(self, name) >= 0:
+                raise PruneError(
+                    f"FinetuneConfig: {name} must be at least 0, got {getattr(self, name)}"
+                )
 
     def share(self, step: int) -> float:
         """Learning rate of a step (0-based) over `lr`."""
@@ -84,6 +90,10 @@ class FinetuneConfig:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr_end + (1.0 - self.lr_end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+    def averaged(self, step: int) -> bool:
+        """Whether the weights after a step (0-based) are part of the mean."""
+        return step >= self.steps - round(self.average * self.steps)
 
     def fitted(self, done: int, seconds: float, left: float) -> FinetuneConfig:
         """With as many steps as fit: `done` so far, `left` seconds at `seconds` a step."""

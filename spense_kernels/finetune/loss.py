@@ -34,10 +34,10 @@ class _Distillation(torch.autograd.Function):
     def forward(ctx, hidden, target, student, teacher, compiled):
         distance = _kl_rows if compiled else _kl_rows.function
         forms = logit_form(student.config), logit_form(teacher.config)
-        given, wanted = Head(student, hidden), Head(teacher, target)
+        given, wanted = _Head(student, hidden), _Head(teacher, target)
         grad = torch.empty_like(hidden)
         total = torch.zeros((), device=hidden.device)
-        parts = parts_of(hidden, given.size)
+        parts = _parts(hidden, given.size)
         room = hidden.new_zeros(parts[0].stop, given.aligned)
         for part in parts:
             logits = given.logits(hidden[part])
@@ -55,7 +55,7 @@ class _Distillation(torch.autograd.Function):
         return grad * (outer / ctx.count).to(grad.dtype), None, None, None, None
 
 
-def parts_of(hidden: Tensor, vocabulary: int) -> list[slice]:
+def _parts(hidden: Tensor, vocabulary: int) -> list[slice]:
     """Equal slices of the positions where they divide: each other length is compiled anew."""
     count = hidden.shape[0]
     limit = max(1, (CUDA_BYTES if hidden.is_cuda else CPU_BYTES) // (4 * vocabulary))
@@ -65,7 +65,7 @@ def parts_of(hidden: Tensor, vocabulary: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, count, rows)]
 
 
-class Head:
+class _Head:
     """A model's head without what scales and caps its output, and the way back to its input.
 
     Attributes:
@@ -109,9 +109,9 @@ def _kl_rows(given: Tensor, wanted: Tensor, grad: Tensor, given_form, wanted_for
         given, wanted, grad: [R, V] outputs of the heads of student and teacher.
         given_form, wanted_form: (scale, cap) of the logits, see logit_form.
     """
-    capped = formed(given, given_form)
+    capped = _formed(given, given_form)
     log_q = capped.log_softmax(dim=-1, dtype=torch.float32)
-    log_p = formed(wanted, wanted_form).log_softmax(dim=-1, dtype=torch.float32)
+    log_p = _formed(wanted, wanted_form).log_softmax(dim=-1, dtype=torch.float32)
     p = log_p.exp()
     distance = (p * (log_p - log_q)).sum(dim=-1)
     scale, cap = given_form
@@ -122,7 +122,7 @@ def _kl_rows(given: Tensor, wanted: Tensor, grad: Tensor, given_form, wanted_for
     return distance
 
 
-def formed(logits: Tensor, form) -> Tensor:
+def _formed(logits: Tensor, form) -> Tensor:
     scale, cap = form
     if scale != 1.0:
         logits = logits.float() * scale

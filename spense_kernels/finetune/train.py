@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError, SpenseError
 from spense_kernels.finetune.attention import causal_windows
+from spense_kernels.finetune.average import WeightMean
 from spense_kernels.finetune.batches import Batches
 from spense_kernels.finetune.config import FinetuneConfig
+from spense_kernels.finetune.features import LayerOutputs
 from spense_kernels.finetune.fuse import fused_norms, fused_rotary
 from spense_kernels.finetune.loss import distillation_loss
-from spense_kernels.finetune.resample import resampled
 from spense_kernels.finetune.student import compiled_layers, student_layers
 from spense_kernels.finetune.teacher import TeacherStates, last_hidden, without_waiting
 from spense_kernels.models import need
@@ -38,7 +39,7 @@ class FinetuneReport:
 
     Attributes:
         config: settings used; with `minutes`, `steps` and `warmup` as they were fitted.
-        losses: mean KL in nats of every step of this call.
+        losses: mean KL in nats of every step of this call, without what `features` adds.
         first_step: where this call went on.
         seconds: wall-clock time of this call.
         tokens: token positions that this call trained on.
@@ -117,12 +118,16 @@ class _Run:
         )
         self.plain = student
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
+        self.mean = None
+        if config.average:
+            self.mean = WeightMean(weights)
+            accelerator.register_for_checkpointing(self.mean)
+        self.outputs = LayerOutputs() if config.features else None
         self.update = Replayed(self._update, "finetune: steps") if graph else self._update
         self.batches = Batches(windows, config)
         again = config.minutes is not None or config.steps * config.batch > windows.shape[0]
-        self.states = TeacherStates(
-            self.teacher, windows, self.device, again and not self.batches.changed
-        )
+        again = again and not self.batches.changed and self.outputs is None
+        self.states = TeacherStates(self.teacher, windows, self.device, again)
 
     def train(self, progress, max_seconds) -> FinetuneReport:
         """Take the steps that are left."""
@@ -130,6 +135,8 @@ class _Run:
             # It holds this object and gigabytes: they must go with the last reference.
             stack.callback(lambda: setattr(self, "update", None))
             stack.enter_context(causal_windows(self.plain, self.teacher))
+            if self.outputs is not None:
+                stack.enter_context(self.outputs.watched(self.plain, self.teacher))
             if self.compiled:
                 stack.enter_context(fused_norms(self.plain, self.teacher))
                 stack.enter_context(fused_rotary(self.plain))
@@ -161,12 +168,16 @@ class _Run:
                 if progress is not None:
                     progress.start("fine-tune", config.steps)
                     progress.advance(done - 1)
+            if self.mean is not None and clock is None and self.config.averaged(step - 1):
+                self.mean.add()
             if self.folder is not None and (done % config.save_every == 0 or done == config.steps):
                 self.folder.save(self.accelerator, done, fitted)
             if progress is not None:
                 progress.advance()
             if max_seconds is not None and time.monotonic() - begin > max_seconds:
                 break
+        if self.mean is not None:
+            self.mean.apply()
         if progress is not None:
             progress.finish()
         report.config = self.config
@@ -185,19 +196,16 @@ class _Run:
         inputs = [without_waiting(self.batches.ids(step, rows)[mine], self.device)]
         if self.states.kept:
             inputs.append(self.states.of(rows[mine]))
-        elif self.config.resample:
-            inputs += [without_waiting(x[mine], self.device) for x in self.batches.draws(step)]
         total = self.update(*inputs)
         if step % 50 == 0 and not bool(torch.isfinite(total)):
             raise SpenseError(f"finetune: the loss of step {step} is {float(total)}")
         return total
 
-    def _update(self, ids: Tensor, *more: Tensor) -> Tensor:
+    def _update(self, ids: Tensor, target: Tensor | None = None) -> Tensor:
         """One step of the optimiser on windows [B, L]; their mean loss.
 
         Args:
-            more: the teacher's last hidden states [B, L, D]; or places and chances [B, R] of tokens
-                to draw anew; or nothing.
+            target: the teacher's last hidden states [B, L, D], or None to work them out.
         """
         config, accelerator = self.config, self.accelerator
         size = config.micro_batch or max(1, len(ids))
@@ -205,28 +213,28 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for start in starts:
             part = slice(start, start + size)
-            loss = self._loss(ids[part], *(x[part] for x in more)) * (len(ids[part]) / len(ids))
+            wanted = None if target is None else target[part]
+            share = len(ids[part]) / len(ids)
+            distance = self._loss(ids[part], wanted)
+            loss = distance * share
+            if self.outputs is not None:
+                loss = loss + self.outputs.distance() * (config.features * share)
             if start != starts[-1] and accelerator.num_processes > 1:
                 with accelerator.no_sync(self.student):
                     accelerator.backward(loss)
             else:
                 accelerator.backward(loss)
-            total += loss.detach()
+            total += distance.detach() * share
         if config.clip:
             accelerator.clip_grad_norm_(self.student.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total
 
-    def _loss(self, ids: Tensor, *more: Tensor) -> Tensor:
-        if self.states.kept:
-            (target,) = more
-        else:
+    def _loss(self, ids: Tensor, target: Tensor | None) -> Tensor:
+        if target is None:
             with torch.no_grad():
                 target = last_hidden(self.teacher, ids)
-                if more:
-                    ids = resampled(self.teacher, target, ids, *more)
-                    target = last_hidden(self.teacher, ids)
         # Through the wrapper's forward when there is one, so that it sees the gradients.
         hidden = self._hidden(ids)
         return distillation_loss(
