@@ -215,6 +215,8 @@ class _Run:
             part = slice(start, start + size)
             wanted = None if target is None else target[part]
             share = len(ids[part]) / len(ids)
+            if self.outputs is not None:
+                self.outputs.clear()  # of a step that failed on the way
             distance = self._loss(ids[part], wanted)
             loss = distance * share
             if self.outputs is not None:
