@@ -4,9 +4,9 @@
     python bench/quality/tune.py --device cuda --calibration 320 --validation 48
     python bench/quality/tune.py --device cuda --settings base "lr 1e-4" --share 0/2
 
-One model is pruned once; each setting tunes a copy of it. What can be had from the weights on the
-way (their mean over the last steps, a point between the start and the end) is measured beside. With
---share I/N the run takes every Nth setting, for as many GPUs.
+One model is pruned once; each setting tunes a copy of it. Points between the start and the end (see
+FinetuneConfig.interpolation) are measured beside, from the same run. With --share I/N the run takes
+every Nth setting, for as many GPUs.
 """
 
 from __future__ import annotations
@@ -21,24 +21,17 @@ from session import Session, add_options, open_session
 from targets import best, label
 
 from spense_kernels.finetune import FinetuneConfig, finetune, make_student, student_layers
-from spense_kernels.finetune.average import WeightMean
 
 # By name: how FinetuneConfig differs, with "times" as many steps beside.
 SETTINGS = {
     "base": {},
-    "features 1": {"features": 1.0},
     "lr 1e-4": {"lr": 1e-4},
     "lr_end 0.5": {"lr_end": 0.5},
-    "features 4": {"features": 4.0},
     "lr 7e-5": {"lr": 7e-5},
     "steps x0.6": {"times": 0.6},
     "lr 1e-4, lr_end 0.5": {"lr": 1e-4, "lr_end": 0.5},
-    "features 4, lr 1e-4": {"features": 4.0, "lr": 1e-4},
-    "features 16": {"features": 16.0},
     "lr 3e-4, lr_end 0.5": {"lr": 3e-4, "lr_end": 0.5},
 }
-MEAN_OF = 0.4  # of the steps, the last ones
-WAY = 0.85  # between the start (0) and the end (1)
 
 
 def parse() -> argparse.Namespace:
@@ -48,26 +41,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--interpolations", type=float, nargs="*", default=[0.85])
     parser.add_argument("--share", default="0/1", help="I/N: every Nth setting from I on")
     return parser.parse_args()
-
-
-class LastSteps:
-    """Stands for a progress display; takes the mean of the weights over the last steps."""
-
-    def __init__(self, mean: WeightMean, first: int):
-        self.mean, self._first, self._done = mean, first, 0
-
-    def start(self, stage: str, total: int) -> None:
-        pass
-
-    def advance(self, count: int = 1) -> None:
-        self._done += count
-        if self._done > self._first:
-            self.mean.add()
-
-    def finish(self) -> None:
-        pass
 
 
 def fill(session: Session, options) -> None:
@@ -82,12 +58,12 @@ def fill(session: Session, options) -> None:
     for setting in options.settings[first::step]:
         name = f"{start}, {setting}, {options.steps} steps"
         if name not in session.results["rows"]:
-            tune(session, name, student, known, dict(SETTINGS[setting]), options.steps)
+            tune(session, name, student, known, dict(SETTINGS[setting]), options)
 
 
-def tune(session: Session, name: str, student, known: dict, changes: dict, steps: int) -> None:
+def tune(session: Session, name: str, student, known: dict, changes: dict, options) -> None:
     """Tune a copy of the student and measure it, as FP8 is in its forward pass already."""
-    steps = round(steps * changes.pop("times", 1))
+    steps = round(options.steps * changes.pop("times", 1))
     windows = training_windows(session.pools)
     config = FinetuneConfig(
         **{"steps": steps, "batch": 16, "lr": 1.5e-4, "warmup": 40, "splice": 4, **changes}
@@ -95,9 +71,8 @@ def tune(session: Session, name: str, student, known: dict, changes: dict, steps
     tuned = copy.deepcopy(student)
     weights = [layer.weight for layer in student_layers(tuned).values()]
     starts = [layer.weight.detach() for layer in student_layers(student).values()]
-    last = LastSteps(WeightMean(weights), steps - round(MEAN_OF * steps))
     begin = time.monotonic()
-    report = finetune(tuned, session.model, windows, config, progress=last)
+    report = finetune(tuned, session.model, windows, config)
     found = {
         **known,
         "tune_seconds": round(time.monotonic() - begin, 1),
@@ -110,12 +85,11 @@ def tune(session: Session, name: str, student, known: dict, changes: dict, steps
     session.keep(name, found, tuned)
     print(f"  {found['tune_seconds']} s, KL {found['train_kl'][-3:]}", flush=True)
     ends = [weight.detach().clone() for weight in weights]
-    last.mean.apply()
-    session.keep(f"{name}, mean of the last {MEAN_OF:g}", dict(known), tuned)
-    with torch.no_grad():
-        for weight, first, end in zip(weights, starts, ends, strict=True):
-            weight.copy_(first.lerp(end, WAY))
-    session.keep(f"{name}, {WAY:g} of the way", dict(known), tuned)
+    for share in options.interpolations:
+        with torch.no_grad():
+            for weight, first, end in zip(weights, starts, ends, strict=True):
+                weight.copy_(first.lerp(end, share))
+        session.keep(f"{name}, interpolation {share:g}", dict(known), tuned)
 
 
 def main() -> None:

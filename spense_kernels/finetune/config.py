@@ -33,10 +33,8 @@ class FinetuneConfig:
             windows as they are.
         noise: share of tokens that are replaced by others of the text. With this or `splice` no two
             passes over the text are alike, and the teacher's states cannot be kept.
-        average: share of the steps, the last ones, whose weights' mean is the result; 0 for the
-            weights of the last step.
-        features: weight of the distance between the outputs of the decoder layers, see
-            LayerOutputs, beside that of the predictions. Nor can states be kept with it.
+        interpolation: where the result lies on the line between the weights at the start (0) and
+            those of the last step (1); applied once, at the end.
         compile: on CUDA, fuse element-wise work with torch.compile; costs seconds at the start.
         graph: on CUDA with one process, replay steps as a CUDA graph.
     """
@@ -54,8 +52,7 @@ class FinetuneConfig:
     seed: int = 0
     splice: int = 1
     noise: float = 0.0
-    average: float = 0.0
-    features: float = 0.0
+    interpolation: float = 1.0
     compile: bool = True
     graph: bool = True
 
@@ -74,15 +71,14 @@ class FinetuneConfig:
             raise PruneError(f"FinetuneConfig: lr must be above 0, got {self.lr}")
         if not 0.0 <= self.lr_end <= 1.0:
             raise PruneError(f"FinetuneConfig: lr_end must be in 0..1, got {self.lr_end}")
-        for name in ("noise", "average"):
-            share = getattr(self, name)
-            if not 0.0 <= share < 1.0:
-                raise PruneError(f"FinetuneConfig: {name} must be in 0..1, below 1, got {share}")
-        for name in ("clip", "features"):
-            if not getattr(self, name) >= 0:
-                raise PruneError(
-                    f"FinetuneConfig: {name} must be at least 0, got {getattr(self, name)}"
-                )
+        if not 0.0 <= self.noise < 1.0:
+            raise PruneError(f"FinetuneConfig: noise must be in 0..1, below 1, got {self.noise}")
+        if not 0.0 < self.interpolation <= 1.0:
+            raise PruneError(
+                f"FinetuneConfig: interpolation must be in 0..1, above 0, got {self.interpolation}"
+            )
+        if not self.clip >= 0:
+            raise PruneError(f"FinetuneConfig: clip must be at least 0, got {self.clip}")
 
     def share(self, step: int) -> float:
         """Learning rate of a step (0-based) over `lr`."""
@@ -90,10 +86,6 @@ class FinetuneConfig:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr_end + (1.0 - self.lr_end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-
-    def averaged(self, step: int) -> bool:
-        """Whether the weights after a step (0-based) are part of the mean."""
-        return step >= self.steps - round(self.average * self.steps)
 
     def fitted(self, done: int, seconds: float, left: float) -> FinetuneConfig:
         """With as many steps as fit: `done` so far, `left` seconds at `seconds` a step."""

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError, SpenseError
 from spense_kernels.finetune.attention import causal_windows
-from spense_kernels.finetune.average import WeightMean
 from spense_kernels.finetune.batches import Batches
 from spense_kernels.finetune.config import FinetuneConfig
-from spense_kernels.finetune.features import LayerOutputs
 from spense_kernels.finetune.fuse import fused_norms, fused_rotary
 from spense_kernels.finetune.loss import distillation_loss
 from spense_kernels.finetune.student import compiled_layers, student_layers
@@ -39,7 +37,7 @@ class FinetuneReport:
 
     Attributes:
         config: settings used; with `minutes`, `steps` and `warmup` as they were fitted.
-        losses: mean KL in nats of every step of this call, without what `features` adds.
+        losses: mean KL in nats of every step of this call.
         first_step: where this call went on.
         seconds: wall-clock time of this call.
         tokens: token positions that this call trained on.
@@ -105,7 +103,10 @@ class _Run:
         self.device = accelerator.device
         self.teacher = teacher.to(self.device).eval().requires_grad_(False)
         student = student.to(self.device)
-        weights = [layer.weight for layer in student_layers(student).values()]
+        self.weights = weights = [layer.weight for layer in student_layers(student).values()]
+        self.start = []
+        if config.interpolation < 1.0:
+            self.start = [weight.detach().clone() for weight in weights]
         for weight in weights:
             weight.requires_grad_(True)
         cuda = self.device.type == "cuda"
@@ -118,16 +119,12 @@ class _Run:
         )
         self.plain = student
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
-        self.mean = None
-        if config.average:
-            self.mean = WeightMean(weights)
-            accelerator.register_for_checkpointing(self.mean)
-        self.outputs = LayerOutputs() if config.features else None
         self.update = Replayed(self._update, "finetune: steps") if graph else self._update
         self.batches = Batches(windows, config)
         again = config.minutes is not None or config.steps * config.batch > windows.shape[0]
-        again = again and not self.batches.changed and self.outputs is None
-        self.states = TeacherStates(self.teacher, windows, self.device, again)
+        self.states = TeacherStates(
+            self.teacher, windows, self.device, again and not self.batches.changed
+        )
 
     def train(self, progress, max_seconds) -> FinetuneReport:
         """Take the steps that are left."""
@@ -135,8 +132,6 @@ class _Run:
             # It holds this object and gigabytes: they must go with the last reference.
             stack.callback(lambda: setattr(self, "update", None))
             stack.enter_context(causal_windows(self.plain, self.teacher))
-            if self.outputs is not None:
-                stack.enter_context(self.outputs.watched(self.plain, self.teacher))
             if self.compiled:
                 stack.enter_context(fused_norms(self.plain, self.teacher))
                 stack.enter_context(fused_rotary(self.plain))
@@ -168,22 +163,25 @@ class _Run:
                 if progress is not None:
                     progress.start("fine-tune", config.steps)
                     progress.advance(done - 1)
-            if self.mean is not None and clock is None and self.config.averaged(step - 1):
-                self.mean.add()
             if self.folder is not None and (done % config.save_every == 0 or done == config.steps):
                 self.folder.save(self.accelerator, done, fitted)
             if progress is not None:
                 progress.advance()
             if max_seconds is not None and time.monotonic() - begin > max_seconds:
                 break
-        if self.mean is not None:
-            self.mean.apply()
+        self._interpolate()
         if progress is not None:
             progress.finish()
         report.config = self.config
         report.losses = [float(loss) for loss in losses]
         report.seconds = time.monotonic() - begin
         return report
+
+    @torch.no_grad()
+    def _interpolate(self) -> None:
+        """Go back some of the way to the start; saved states are of the way itself."""
+        for weight, start in zip(self.weights, self.start, strict=bool(self.start)):
+            weight.copy_(start.lerp(weight, self.config.interpolation))
 
     def _step(self, step: int) -> Tensor:
         rate = self.config.lr * self.config.share(step)
@@ -214,19 +212,13 @@ class _Run:
         for start in starts:
             part = slice(start, start + size)
             wanted = None if target is None else target[part]
-            share = len(ids[part]) / len(ids)
-            if self.outputs is not None:
-                self.outputs.clear()  # of a step that failed on the way
-            distance = self._loss(ids[part], wanted)
-            loss = distance * share
-            if self.outputs is not None:
-                loss = loss + self.outputs.distance() * (config.features * share)
+            loss = self._loss(ids[part], wanted) * (len(ids[part]) / len(ids))
             if start != starts[-1] and accelerator.num_processes > 1:
                 with accelerator.no_sync(self.student):
                     accelerator.backward(loss)
             else:
                 accelerator.backward(loss)
-            total += distance.detach() * share
+            total += loss.detach()
         if config.clip:
             accelerator.clip_grad_norm_(self.student.parameters(), config.clip)
         self.optimizer.step()
