@@ -81,7 +81,8 @@ def collect_gradients(
         advance: called after each layer.
     """
     # Passes of several batches at once, where that takes less time.
-    size = batch * max(1, batch_size(calibration, device) // batch)
+    columns = model.get_input_embeddings().weight.shape[1]
+    size = batch * max(1, batch_size(calibration, columns, device) // batch)
     walk = LayerWalk(model, calibration, device, size)
     generator = None
     if labels == "model":
