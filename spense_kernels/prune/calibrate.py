@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spense_kernels.errors import PruneError
 from spense_kernels.prune.groups import Group, GroupProbe, decoder_layers, outside_modules
 from spense_kernels.prune.hessian import accumulate, check_finite, symmetrize, token_weights
+from spense_kernels.prune.norms import fast_norms
 
 _GPU_TOKENS = 1 << 14  # of a forward pass that is not of all
 # Of a GPU's memory, for each token and column of the hidden states, above which not all tokens go
@@ -153,7 +154,8 @@ class LayerWalk:
         layer = self.layers[index]
         layer.to(self.device)
         try:
-            yield layer
+            with fast_norms(layer):
+                yield layer
         finally:
             layer.to(self._home)
 
