@@ -15,6 +15,7 @@ _BATCHED = 1024  # columns of the largest H that are factorised several at a tim
 _GPU_BLOCK = 2048  # the same on a GPU, which smaller products do not fill
 _TILE, _PROCESSORS = 128, 132  # what one multiprocessor works on, and how many a large GPU has
 _BLOCK = 512  # columns of a block of H: only blocks on or above the diagonal are multiplied
+_KEPT_SHARE = 1 / 24  # of a GPU's memory, for Hessians that wait for their use
 
 
 def accumulate(hessian: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
@@ -84,6 +85,27 @@ def symmetrize(hessian: Tensor) -> Tensor:
         hessian[a:b, a:b] = block + block.triu(1).T
         hessian[b:, a:b] = hessian[a:b, b:].T
     return hessian
+
+
+class Shelf:
+    """Where Hessians wait: on the GPU they were made on while few bytes do, else on the CPU.
+
+    Ways to the CPU and back take longer than many a small Hessian.
+    """
+
+    def __init__(self, device):
+        self._room = 0.0
+        if torch.device(device).type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+            self._room = _KEPT_SHARE * memory
+
+    def put(self, hessian: Tensor) -> Tensor:
+        """The Hessian, or a copy on the CPU."""
+        size = hessian.numel() * hessian.element_size()
+        if size > self._room:
+            return hessian.cpu()
+        self._room -= size
+        return hessian
 
 
 def check_finite(hessian: Tensor, name: str) -> None:

@@ -22,7 +22,7 @@ from spense_kernels.errors import PruneError
 from spense_kernels.evaluate import logits_of
 from spense_kernels.prune.calibrate import LayerWalk, batch_size, overridden
 from spense_kernels.prune.groups import Group
-from spense_kernels.prune.hessian import accumulate, symmetrize, token_weights
+from spense_kernels.prune.hessian import Shelf, accumulate, symmetrize, token_weights
 
 CLIP = 20.0  # largest weight of a token over the median
 _LOGIT_ELEMENTS = 1 << 26  # logits held at a time
@@ -96,13 +96,13 @@ def collect_gradients(
         _head_gradient(model, walk, ids, hidden, stride, generator)
         for ids, hidden in zip(calibration.split(size), walk.hidden, strict=True)
     ]
-    found = Gradients(tokens=calibration.numel())
+    found, shelf = Gradients(tokens=calibration.numel()), Shelf(device)
     for index in reversed(range(len(walk.layers))):
         with walk.on_device(index) as layer:
             taps = _Taps(layer, groups[index], batch, power if hessians else None)
             for i, hidden in enumerate(inputs[index]):
                 grads[i] = _layer_gradient(walk, index, hidden, grads[i])
-            taps.finish(found, walk.name(index))
+            taps.finish(found, walk.name(index), shelf)
         inputs[index].clear()
         if advance is not None:
             advance()
@@ -133,8 +133,8 @@ class _Taps:
                 hook = self._hook(self._sums[name], group.norm_follows, power)
                 self._handles.append(layer.get_submodule(name).register_forward_hook(hook))
 
-    def finish(self, found: Gradients, prefix: str) -> None:
-        """Remove the hooks and put the results into `found`."""
+    def finish(self, found: Gradients, prefix: str, shelf: Shelf) -> None:
+        """Remove the hooks and put the results into `found`, Hessians by way of the shelf."""
         tiny = torch.finfo(torch.float32).tiny
         for handle in self._handles:
             handle.remove()
@@ -148,7 +148,7 @@ class _Taps:
             found.norm_mean[full] = float(sums.norm) / sums.tokens
             if isinstance(sums.hessian, Tensor):
                 weight = sums.weight.clamp_min(tiny)
-                found.hessians[full] = symmetrize(sums.hessian).div_(weight).cpu()
+                found.hessians[full] = shelf.put(symmetrize(sums.hessian).div_(weight))
                 energy = torch.cat(sums.energy) * (sums.later / weight)
                 found.energy[full] = nn.functional.pad(energy, (1, 0)).cpu()
 
