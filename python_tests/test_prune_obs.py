@@ -185,6 +185,23 @@ def test_rows_of_different_width_match_separate_sweeps():
         torch.testing.assert_close(together[rows], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("coupled", [True, False])
+def test_losses_at_many_starts_are_those_of_a_sweep_each(coupled, device):
+    """Ends inside blocks, at their edges, at none and all columns."""
+    weight, hessian = problem(k=400)
+    _, factor, _ = damped_factor(hessian, 0.01)
+    weight = torch.stack([weight, weight.flip(0)]).to(device)
+    factor = torch.stack([factor, 1.5 * factor]).to(device)
+    starts = [0, 16, 128, 132, 256, 304, 400]
+    found = obs.swept_losses(weight, factor, starts, coupled=coupled)
+    assert found.shape == (7, 2, 96)
+    for losses, start in zip(found, starts, strict=True):
+        expected = sweep(weight, factor, start, coupled=coupled).row_loss
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    assert bool((found.diff(dim=0) > 0).all())
+
+
 def test_batch_matches_single():
     a, b = problem(seed=1), problem(seed=2)
     factors = torch.stack([inverse_factor(damp(h, 0.01)) for _, h in (a, b)])
