@@ -200,6 +200,24 @@ def test_all_tokens_in_a_batch_take_one_pass(gemma, tokens, monkeypatch):
             assert a == pytest.approx(b, rel=0.02), name
 
 
+@pytest.mark.gpu
+def test_on_cuda_one_pass_loses_what_batches_do(tokens):
+    """By default all tokens are in one pass there, and small Hessians stay."""
+    model = make("gemma3").to(torch.bfloat16).cuda()
+    config = quick(correct=True, gradient_share=1.0, sensitivity_stride=1, **STAIRCASE)
+    config = config.replace(sensitivity_sequences=len(tokens))
+    found = []
+    for batch in (None, 2):
+        statistics = collect_statistics(model, tokens, config, device="cuda", batch=batch)
+        kept = [h for layer in statistics.layers for h in layer.hessians.values()]
+        assert all(h.is_cuda for h in [*kept, *statistics.gradients.hessians.values()])
+        keep = pruned_tensors(
+            model, tokens, config, statistics=statistics, device="cuda", batch=batch
+        )
+        found.append([m.error for modules in keep.layers for m in modules.values()])
+    assert sum(found[0]) == pytest.approx(sum(found[1]), rel=0.05)
+
+
 def test_energies_take_their_own_sequences(gemma, tokens):
     config = quick(correct=True, gradient_share=0.5, sensitivity_sequences=2, sensitivity_stride=1)
     statistics = collect_statistics(gemma, tokens, config)

@@ -249,14 +249,15 @@ class Corrector:
         place, length = 0, self.shape[1]
         for x, x_d in zip(inputs, seen.inputs, strict=True):
             codes, scale = self._read(x)
-            x_p, x_d = codes.float() * scale[:, None], x_d.to(self.device).float()
-            delta = (x_d - x_p) * scale[:, None]
+            x_p, x_d = codes * scale[:, None], x_d.to(self.device)  # in float32, by the scale
+            delta = (x_d - x_p).mul_(scale[:, None])
             for i, weight in enumerate(weights):
                 weight = weight[place : place + len(x_p)]
                 accumulate(sums[0, i], codes, weight * scale.square())
                 add_product(sums[1, i], delta * weight[:, None], codes)
             # Copies: slices would keep all of the batch.
-            firsts.append((x_d[::length].clone(), x_p[::length].clone()))
+            first = x_d[::length].to(torch.float32, copy=True), x_p[::length].clone()
+            firsts.append(first)
             place += len(x_p)
         return [torch.cat(part) for part in zip(*firsts, strict=True)]
 

@@ -26,7 +26,7 @@ def accumulate(hessian: Tensor, x: Tensor, weight: Tensor | None = None) -> None
         x: [T, K], any floating dtype; see `add_product` for how it is multiplied.
         weight: float32 [T] token weights, or None for 1.
     """
-    weighted = x if weight is None else x.float() * weight[:, None]
+    weighted = x if weight is None else x * weight[:, None]  # in float32
     k = x.shape[1]
     block = _GPU_BLOCK if x.is_cuda else _BLOCK
     for a in range(0, k, block):
@@ -52,7 +52,7 @@ def bfloat16_parts(values: Tensor) -> list[Tensor]:
     high = values.bfloat16()
     if values.dtype == torch.bfloat16:
         return [high]
-    return [high, (values - high).bfloat16()]
+    return [high, torch.sub(values, high, out=torch.empty_like(high))]
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, **options) -> None:
