@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from gemm import counters
-from gemm.machine import machine, short_name
+from gemm.machine import add_commit, machine, short_name
 from gemm.nvcc import toolkit_program
 from gemm.report import write_points
 from gemm.rivals import CublasLt, Spense
@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--dense", default="0.25", help="dense fractions, as 0,0.25")
     parser.add_argument("--budget-s", type=float, default=60, help="start no point after so long")
     parser.add_argument("--json", type=Path, help="where results go; the raw log lies beside")
-    parser.add_argument("--commit", help="what was built, where git cannot tell")
+    add_commit(parser)
     parser.add_argument("--device", default="cuda", help="cpu: to try it without an ncu")
     parser.add_argument("--work", type=Path, help="only the launches of the points in this file")
     args = parser.parse_args()

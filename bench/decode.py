@@ -5,11 +5,12 @@
     python bench/decode.py --models seed-oss-36b --cache fp8 --batch 64 128 \\
         --out bench/results/decode.json --merge bench/results/decode.json
 
-Weights and cache are random, of the real shapes, all layers. What does not fit the card is named
-and left out. Every run times the dense model first, so that speed-ups compare what ran on one warm
-card, and chooses the attention once for all kinds of linear layers. The file is written after every
-point. The parts are timed alone, so they lack what kernels that follow one another cost or save;
-`--timeline` shows that.
+Weights, cache and tokens are random, of the real shapes, all layers. What does not fit the card is
+named and left out. Every run times the dense model first, so that speed-ups compare what ran on one
+warm card, and chooses the attention once for all kinds of linear layers, by what it makes of a step
+of the first. The file is written after every point. The parts are timed alone, so they lack what
+kernels that follow one another cost or save; `--timeline` shows that. A prompt is long enough to
+make a card lower its clock: each of its recordings runs by itself until that has settled.
 """
 
 from __future__ import annotations
@@ -18,22 +19,24 @@ import argparse
 import gc
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from decoding import timeline
 from decoding.attention import Attention, fastest
+from decoding.inputs import inputs_of
 from decoding.linears import KINDS, factory
 from decoding.models import MODELS, ModelShape
 from decoding.results import HEADER, Results, line
 from decoding.step import PARTS, Cache, Step, Weights
-from gemm.machine import clocks, machine
+from gemm.machine import add_commit, clocks, machine
 from gemm.timing import Recorder, Recording
 
 CACHES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 GIB = 1 << 30
+FEW_LAYERS = 8  # of a step by which the attention is chosen
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -60,6 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-hint", action="store_true", help="no hint of the next weight, ours")
     parser.add_argument("--stop-after", type=float, help="seconds after which no point begins")
     parser.add_argument("--out", type=Path)
+    add_commit(parser)
     parser.add_argument("--merge", nargs="*", type=Path, default=[], help="older result files")
     parser.add_argument("--merge-only", action="store_true", help="write --out and time nothing")
     return parser.parse_args(arguments)
@@ -73,7 +77,7 @@ class Runner:
         self.device = torch.device(args.device)
         self.recorder = Recorder(self.device)
         self.failures = 0
-        self.results = Results(args.out, machine(self.device), args.merge)
+        self.results = Results(args.out, machine(self.device, args.commit), args.merge)
         self.start = time.perf_counter()
         # What a step attends over -> name and function of the attention.
         self.attention: dict[tuple, tuple[str, Attention]] = {}
@@ -177,21 +181,31 @@ class Runner:
         tokens = context if prefill else 1
         memory = Cache(shape, batch, context, CACHES[cache], device)
         key = (shape, what, batch, context, cache)
+        positions = torch.arange(context - tokens, context, device=device)
+
+        def step_with(attention: Attention, layers: int | None = None) -> Step:
+            return Step(weights, memory, positions, attention, device.type == "cuda", layers)
+
         if key not in self.attention:
             size = (batch, tokens, shape.heads, shape.head_dim)
             q = torch.randn(size, dtype=torch.bfloat16, device=device).transpose(1, 2)
-            self.attention[key] = fastest(self.recorder, q, memory.layers, prefill)
+            self.attention[key] = fastest(
+                *(self.recorder, q, memory.layers, prefill),
+                lambda attention: step_with(attention, FEW_LAYERS).run,
+            )
         name, attention = self.attention[key]
-        positions = torch.arange(context - tokens, context, device=device)
-        step = Step(weights, memory, positions, attention, fused=device.type == "cuda")
-        step.run()
+        step = step_with(attention)
+        last = inputs_of(step, [shape.layers - 1])
         recordings = {"whole": self.recorder.record([step.run], 1)}
         if not self.args.no_parts:
             for part in PARTS:
                 recordings[part] = self.recorder.record([partial(step.run, (part,))], 1)
         cuda = device.type == "cuda"
         seconds = self.args.seconds * (2 if len(recordings) > 1 else 1) if cuda else 0
-        times = self.recorder.measure(recordings, seconds)
+        if prefill:
+            times = self.recorder.measure_settled(recordings)
+        else:
+            times = self.recorder.measure(recordings, seconds)
         ms = times["whole"]["us"] / 1e3
         adds = self._timeline(step, recordings["whole"]) if self.args.timeline else {}
         return {
@@ -201,6 +215,7 @@ class Runner:
             "tokens_per_s": round(batch * tokens / ms * 1e3, 1),
             "parts_ms": {p: round(times[p]["us"] / 1e3, 4) for p in PARTS if p in times},
             "attention": name,
+            "last_layer_x8": {x.name: asdict(x) for x in last},
             "peak_gib": round(torch.cuda.max_memory_allocated(device) / GIB, 2) if cuda else 0.0,
         }
 
@@ -234,9 +249,7 @@ class Runner:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     if args.merge_only:
-        merged = Results(args.out, {}, args.merge)
-        del merged.runs[merged.run]
-        merged.write()
+        Results(args.out, {}, args.merge).write()
         return 0
     torch.manual_seed(0)
     runner = Runner(args)

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from gemm.machine import machine
+from gemm.machine import add_commit, machine
 from torch import Tensor, nn
 
 from spense_kernels.checkpoint import load_checkpoint, save_checkpoint
@@ -79,7 +79,13 @@ def _documentation() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def check(folder: Path, device: torch.device, out: Path | None, stop_after: float | None) -> bool:
+def check(
+    folder: Path,
+    device: torch.device,
+    out: Path | None,
+    stop_after: float | None,
+    commit: str | None,
+) -> bool:
     """Prints, and writes after each of the two models, what was found; whether all is well.
 
     A model that does not begin within `stop_after` seconds is named and left out.
@@ -89,7 +95,7 @@ def check(folder: Path, device: torch.device, out: Path | None, stop_after: floa
     prompts = stored.pop("prompts")
     wanted = Reference(**stored)
     found: dict[str, dict] = {}
-    report = {"run": machine(device), "prompts": len(prompts), "results": found}
+    report = {"run": machine(device, commit), "prompts": len(prompts), "results": found}
     for name, fuse in (("single", False), ("fused", True)):
         if stop_after is not None and time.perf_counter() - start > stop_after:
             print(f"{name}: left out, time is up", flush=True)
@@ -117,13 +123,14 @@ def main(arguments: list[str] | None = None) -> int:
     checker.add_argument("--device", default="cuda")
     checker.add_argument("--stop-after", type=float, help="seconds after which no model begins")
     checker.add_argument("--out", type=Path)
+    add_commit(checker)
     args = parser.parse_args(arguments)
     if args.verb == "make":
         args.folder.mkdir(parents=True)
         make(args.checkpoint, args.folder, args.text)
         return 0
     device = torch.device(args.device)
-    return 0 if check(args.folder, device, args.out, args.stop_after) else 1
+    return 0 if check(args.folder, device, args.out, args.stop_after, args.commit) else 1
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 from gemm import ceiling, regret, report, targets
 from gemm.choices import Choices, launches
 from gemm.lost import DeviceLost, avoided, start_anew
-from gemm.machine import clocks, machine, short_name
+from gemm.machine import add_commit, clocks, machine, short_name
 from gemm.rivals import Spense, hinted
 from gemm.shapes import GRIDS, MODELS, TOKENS, Layer, is_model, parse_layers
 from gemm.timing import BLOCK_S, BLOCKS, Recorder, rotation
@@ -264,7 +264,7 @@ def main() -> None:
     add("--resume", type=int, help="keep the points of the file's runs from this number on")
     add("--merge", type=Path, nargs="+", default=[], help="result files to start from")
     add("--json", type=Path, help="where to write; by default in bench/results")
-    add("--commit", help="what was built, where git cannot tell")
+    add_commit(parser)
     add("--device", default="cuda", help="cpu tries the logic")
     args = parser.parse_args()
     if args.grid:

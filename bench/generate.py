@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 import transformers
 from decoding.models import MODELS, ModelShape
-from gemm.machine import machine
-from gemm.operands import random_fp8
+from gemm.machine import add_commit, machine
+from gemm.operands import random_fp8, unit_scale
 from gemm.report import write_points
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ class DenseFp8(nn.Module):
     def __init__(self, n: int, k: int, bias: bool, device: torch.device):
         super().__init__()
         self.register_buffer("weight8", random_fp8(n, k, device=device).view(FP8))
-        self.register_buffer("scale", torch.full((1, n), 1e-3, device=device))
+        self.register_buffer("scale", torch.full((1, n), unit_scale(k), device=device))
         bias_values = torch.zeros(n, dtype=torch.bfloat16, device=device) if bias else None
         self.register_buffer("bias", bias_values)
 
@@ -88,7 +88,7 @@ def random_spense(
         random_fp8(values, device=device),
         legal[torch.randint(len(legal), (indices,), device=device)],
         random_fp8(dense, device=device),
-        torch.full((n,), 1e-3, device=device),
+        torch.full((n,), unit_scale((k + split.widths[0]) // 2), device=device),
         torch.zeros(n, device=device) if bias else None,
     )
     return SpenseLinear.from_hybrid(weight, device)
@@ -202,13 +202,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--stop-after", type=float, help="seconds after which no point begins")
     parser.add_argument("--out", type=Path)
+    add_commit(parser)
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     start = time.perf_counter()
     device = torch.device(args.device)
     shape = MODELS[args.model]
     shape = replace(shape, layers=args.layers or shape.layers)
-    run = machine(device) | {"transformers": transformers.__version__}
+    run = machine(device, args.commit) | {"transformers": transformers.__version__}
     points: list[dict] = []
     failures = 0
 

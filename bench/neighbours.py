@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from gemm.copy_stream import RINGS, copy_stream
-from gemm.machine import machine
+from gemm.machine import add_commit, machine
 from gemm.operands import reuse_bytes
 from gemm.report import write_points
 from gemm.timing import Recorder
@@ -140,10 +140,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
+    add_commit(parser)
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     recorder = Recorder(torch.device(args.device))
-    run = machine(recorder.device)
+    run = machine(recorder.device, args.commit)
     points = []
     with torch.inference_mode():
         for op in OPS:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from gemm.ceiling import floor_us
-from gemm.machine import clocks, machine, short_name
+from gemm.machine import add_commit, clocks, machine, short_name
 from gemm.operands import copy_count, random_fp8
 from gemm.rivals import Spense
 from gemm.shapes import MODELS, Layer, parse_layers
@@ -143,7 +143,7 @@ def main() -> None:
     add("--pack", nargs="+", default=[LARGEST.name], help="layers to pack, NxK")
     add("--seconds", type=float, default=0.25, help="replays of one line last about so long")
     add("--json", type=Path, help="default bench/results/quantize_<device>.json")
-    add("--commit", help="what was built, where git cannot tell")
+    add_commit(parser)
     add("--device", default="cuda", help="cpu tries the logic")
     args = parser.parse_args()
     torch.manual_seed(0)

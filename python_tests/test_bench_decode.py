@@ -5,30 +5,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import decode
-import device_agreement
-import generate
 import neighbours
 import pytest
 import torch
 import torch.nn.functional as F
-from decoding import attention, results, tables, timeline
+from decoding import attention, inputs, results, tables, timeline
 from decoding.linears import Dense, Spense, factory
 from decoding.models import MODELS, QWEN3_32B, SEED_OSS_36B, TINY
 from decoding.step import IN_A_LAYER, PARTS, Cache, Step, Weights
 from gemm import shapes
 from gemm.timing import Recorder
-from tiny_model import save_tiny as save_tiny_model
-from tiny_model import write_text
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from spense_kernels import SpenseConfig
-from spense_kernels.checkpoint import save_checkpoint
-from spense_kernels.fusion import FusedPart
 
 CPU = torch.device("cpu")
 
@@ -104,7 +95,8 @@ def test_a_step_is_that_of_a_decoder(dtype):
     assert F.cosine_similarity(logits.flatten(), wanted.flatten(), dim=0) > 0.98
     other = plainly(step, [(k.roll(1, 0), v.roll(1, 0)) for k, v in before], tokens.roll(1))
     assert F.cosine_similarity(logits.flatten(), other.flatten(), dim=0) < 0.9
-    assert torch.equal(step.tokens, logits.argmax(dim=-1))
+    assert torch.equal(step.chosen, logits.argmax(dim=-1))
+    assert torch.equal(step.tokens, tokens), "the next step is like this one"
     for (k, v), (old_k, old_v) in zip(step.cache.layers, before, strict=True):
         for new, old in ((k, old_k), (v, old_v)):
             bits = [t.contiguous().view(torch.uint8) for t in (new[:, :, :-1], old[:, :, :-1])]
@@ -164,6 +156,29 @@ def test_ours_know_which_weight_comes_next():
     assert plain.layers[0].linears["qkv"].following is None
 
 
+@pytest.mark.parametrize("kind", ["dense", "spense"])
+@pytest.mark.parametrize("tokens", [1, 256])
+def test_activations_stay_diverse(kind, tokens):
+    """Through as many layers as the models have: finite, over the range of FP8, rows apart."""
+    torch.manual_seed(0)
+    shape = replace(TINY, layers=64, vocabulary=512)
+    weights = Weights(shape, make(kind, 0.25), CPU)
+    run = attention.candidates(CPU, False, tokens > 1)["math" if tokens > 1 else "widened"]
+    batch, context = (8, 256) if tokens == 1 else (1, tokens)
+    memory = Cache(shape, batch, context, torch.bfloat16, CPU)
+    step = Step(weights, memory, torch.arange(context - tokens, context), run, fused=False)
+    assert len(set(step.tokens.tolist())) == batch * tokens
+    with torch.inference_mode():
+        found = inputs.inputs_of(step, range(shape.layers))
+    assert len(found) == 4 * shape.layers
+    for x in found:
+        assert max(x.zero, x.largest) < 0.02, x
+        assert x.size > 0.05, x
+        assert abs(x.cosine) < 0.5, x
+    last = step.left["last"].float()
+    assert 0.3 < last.square().mean().sqrt() < 3
+
+
 @pytest.fixture
 def report(tmp_path) -> Path:
     decode.main(
@@ -213,13 +228,77 @@ def test_runs_merge_and_ratios_stay_inside_a_run(report, tmp_path):
     data = json.loads((tmp_path / "b.json").read_text())
     assert len(data["runs"]) == 2
     assert len(data["points"]) == 10, "the same point is replaced"
+    dense = [p for p in data["points"] if p["kind"] == "dense" and p["run"] == 0]
+    assert len(dense) == 5
     (new,) = [p for p in data["points"] if p["run"] == 1]
     assert results.speed_up(new, data["points"]) is None, "no dense time in that run"
     both = tmp_path / "c.json"
     words = f"--merge-only --out {both} --merge {report} {tmp_path / 'b.json'}"
     assert decode.main(words.split()) == 0
     data = json.loads(both.read_text())
-    assert (len(data["runs"]), len(data["points"])) == (3, 10)
+    assert (len(data["runs"]), len(data["points"])) == (2, 10)
+
+
+def test_the_newest_points_stay(tmp_path):
+    """In whichever order files are merged; with the dense points that those left compare with."""
+
+    def file(name: str, created: str, *points: tuple[str, int, float]) -> Path:
+        same = {"model": "m", "what": "decode", "context": 8, "cache": "bf16", "run": 0}
+        rows = [
+            same | {"kind": kind, "dense": None, "batch": batch, "ms": ms}
+            for kind, batch, ms in points
+        ]
+        path = tmp_path / name
+        path.write_text(json.dumps({"runs": [{"created": created}], "points": rows}))
+        return path
+
+    files = [
+        file("1", "2026-01-01", ("dense", 1, 10.0), ("spense", 1, 9.0), ("dense", 4, 11.0)),
+        file("2", "2026-01-02", ("dense", 1, 10.5), ("two_library", 1, 9.5), ("dense", 4, 11.5)),
+        file("3", "2026-01-03", ("dense", 1, 10.7), ("spense", 1, 8.5)),
+    ]
+    wanted = [("dense", 1, 10.5), ("dense", 1, 10.7), ("dense", 4, 11.5)]
+    wanted += [("spense", 1, 8.5), ("two_library", 1, 9.5)]
+    for order in permutations(files):
+        out = tmp_path / "out.json"
+        assert decode.main(["--merge-only", "--out", str(out), "--merge", *map(str, order)]) == 0
+        data = json.loads(out.read_text())
+        assert sorted((p["kind"], p["batch"], p["ms"]) for p in data["points"]) == wanted
+        (ours,) = (p for p in data["points"] if p["kind"] == "spense")
+        assert results.speed_up(ours, data["points"]) == pytest.approx(10.7 / 8.5)
+        assert {run["created"] for run in data["runs"]} == {"2026-01-02", "2026-01-03"}
+
+
+def test_the_attention_of_the_fastest_step_is_taken(monkeypatch):
+    """Not the fastest alone; one that is far slower alone is not tried."""
+    ran = []
+
+    def option(name: str):
+        return lambda q, k, v: ran.append(name) or q
+
+    times = {"a": (10.0, 30.0), "b": (12.0, 28.0), "slow": (20.0, 1.0)}
+    monkeypatch.setattr(attention, "candidates", lambda *_: {n: option(n) for n in times})
+
+    class Told(Recorder):
+        asked = 0
+
+        def measure(self, recordings, seconds):
+            self.asked += 1
+            return {name: {"us": times[name][self.asked - 1]} for name in recordings}
+
+    q = torch.zeros(1, 2, 1, 8)
+    memory = [(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))]
+    recorder = Told(CPU)
+    stepped = []
+
+    def step_with(function):
+        return lambda: stepped.append(function) or function(q, *memory[0])
+
+    name, function = attention.fastest(recorder, q, memory, False, step_with)
+    assert name == "b"
+    assert recorder.asked == 2
+    assert function in stepped
+    assert ran.count("slow") == 2, "to see that it runs, and for its recording"
 
 
 def test_what_fails_is_told_and_the_rest_is_timed(tmp_path, capsys, monkeypatch):
@@ -228,10 +307,10 @@ def test_what_fails_is_told_and_the_rest_is_timed(tmp_path, capsys, monkeypatch)
     words += f"--cache bf16 --prefill --layers 1 --no-parts --out {tmp_path / 'f.json'}"
     choose = decode.fastest
 
-    def fails_for_three(recorder, q, memory, causal):
+    def fails_for_three(recorder, q, *others):
         if q.shape[0] == 3:
             raise RuntimeError("no attention runs here: none")
-        return choose(recorder, q, memory, causal)
+        return choose(recorder, q, *others)
 
     monkeypatch.setattr(decode, "fastest", fails_for_three)
     assert decode.main(words.split()) == 1
@@ -289,57 +368,3 @@ def test_kernels_can_be_left_out_one_by_one():
     assert all(counts[name] < counts[None] for name in IN_A_LAYER), counts
     added = timeline.marginal(Recorder(CPU), step, 0.0)
     assert list(added) == list(IN_A_LAYER)
-
-
-def test_generate_times_whole_models(tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "SHORT", 1)
-    monkeypatch.setattr(generate, "LONG", 3)
-    out = tmp_path / "g.json"
-    generate.main(f"--model tiny --device cpu --batch 2 --context 5 --layers 1 --out {out}".split())
-    points = json.loads(out.read_text())["points"]
-    assert [point["kind"] for point in points] == ["dense", "spense"]
-    late = f"--model tiny --device cpu --stop-after 0 --out {tmp_path / 'late.json'}"
-    assert generate.main(late.split()) == 0
-    assert not (tmp_path / "late.json").exists()
-    model = generate.build(replace(TINY, layers=1), "spense", 0.25, CPU)
-    assert type(model.model.layers[0]).__name__ == "FusedQwen3DecoderLayer"
-    assert isinstance(model.model.layers[0].self_attn.k_proj, FusedPart)
-
-
-@pytest.mark.parametrize("name", ["qwen3-32b", "seed-oss-36b"])
-def test_generate_builds_every_model(name):
-    small = {
-        "hidden": 128,
-        "heads": 4,
-        "head_dim": 32,
-        "kv_heads": 2,
-        "intermediate": 256,
-        "vocabulary": 128,
-        "layers": 1,
-    }
-    for kind in generate.KINDS:
-        model = generate.build(replace(MODELS[name], **small), kind, 0.25, CPU)
-        with torch.no_grad():
-            assert model(torch.tensor([[3, 4, 5]])).logits.shape == (1, 3, 128)
-
-
-def test_devices_are_compared(tmp_path):
-    """The bundle of a small model, checked on the device that made it and after it was changed."""
-    dense = save_tiny_model(tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(
-        dense, quantization_config=SpenseConfig(dense_fraction=0.25), dtype=torch.bfloat16
-    )
-    save_checkpoint(model, tmp_path / "pruned", tokenizer=AutoTokenizer.from_pretrained(dense))
-    text = write_text(tmp_path / "text.txt")
-    folder = str(tmp_path / "bundle")
-    device_agreement.main(["make", str(tmp_path / "pruned"), folder, "--text", str(text)])
-    check = ["check", folder, "--device", "cpu", "--out", str(tmp_path / "r.json")]
-    assert device_agreement.main(check) == 0
-    results = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert results["single"]["largest"] == 0.0, "the same device, the same bits"
-    assert results["fused"]["largest"] > 0.0
-    assert results["fused"]["positions"] == 20 * 47
-    stored = torch.load(tmp_path / "bundle/reference.pt")
-    stored["tokens"] = [rows.roll(1, 0) for rows in stored["tokens"]]
-    torch.save(stored, tmp_path / "bundle/reference.pt")
-    assert device_agreement.main(check) == 1

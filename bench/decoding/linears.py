@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layers of one kind: dense cuBLASLt, two libraries, ours. Random weights.
+"""The linear layers of one kind: dense cuBLASLt, two libraries, ours.
+
+Weights are random, scaled so that activations keep their size from layer to layer.
 
 A layer is called with x8 [m, k] and x_scale [m] as the quantising ops leave them and returns bf16
 [m, n]. `gather` is the order in which it wants x8, None for the order as it is.
@@ -11,7 +13,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from gemm.operands import random_fp8, random_x, tile_stream, tiles_of, two_of_four
+from gemm.operands import random_fp8, tile_stream, tiles_of, two_of_four, unit_scale
 from gemm.rivals import CusparseLt
 from gemm.shapes import Layer
 from gemm.timing import Recorder
@@ -22,6 +24,11 @@ from spense_kernels.format import Split
 
 BF16 = torch.bfloat16
 ROWS = 16  # of x, that cuSPARSELt asks for a multiple of
+BIAS = 0.1  # size of biases, beside products of about 1
+X_SCALE = 1 / 112  # of quantised x: normal values, the largest of a few thousand becomes 448
+# So that attention prefers some places of the cache, as that of a model does: with means over all
+# of them the tokens of a prompt would become alike from layer to layer. o makes up for it.
+GAIN = {"qkv": 2.5, "o": 0.4}
 
 
 class Dense:
@@ -32,10 +39,11 @@ class Dense:
 
     gather = None
 
-    def __init__(self, n: int, k: int, bias: bool, device: torch.device):
+    def __init__(self, n: int, k: int, bias: bool, device: torch.device, gain: float = 1.0):
         self.weight = random_fp8(n, k, device=device).view(torch.float8_e4m3fn)
-        self.scale = torch.full((), 1e-3, device=device)
-        self.bias = torch.randn(n, device=device).to(BF16) if bias else None
+        self.scale = torch.full((), gain * unit_scale(k), device=device)
+        self.x_scale = torch.full((), X_SCALE, device=device)
+        self.bias = torch.randn(n, device=device).mul_(BIAS).to(BF16) if bias else None
         self.weight_bytes = n * k
 
     def __call__(self, x8: Tensor, x_scale: Tensor) -> Tensor:
@@ -45,7 +53,7 @@ class Dense:
         return torch._scaled_mm(
             x8,
             self.weight.t(),
-            scale_a=self.scale,
+            scale_a=self.x_scale,
             scale_b=self.scale,
             bias=self.bias,
             out_dtype=BF16,
@@ -99,8 +107,12 @@ class TwoLibrary:
 @cache
 def _inputs(m: int, sparse: int, dense: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     padded = -(-m // ROWS) * ROWS
-    x = random_fp8(padded, sparse, device=device).view(torch.float8_e4m3fn)
-    return x, random_x(m, dense, device) if dense else x, torch.ones(m, device=device)
+
+    def some(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device=device).to(torch.float8_e4m3fn)
+
+    x = some(padded, sparse)
+    return x, some(m, dense) if dense else x, torch.ones(m, device=device)
 
 
 @cache
@@ -118,14 +130,23 @@ class Spense:
     """hybrid_gemm at dense fraction d; x in a random order of columns, or as it is."""
 
     def __init__(
-        self, n: int, k: int, bias: bool, device: torch.device, *, d: float, in_order: bool
+        self,
+        n: int,
+        k: int,
+        bias: bool,
+        device: torch.device,
+        gain: float = 1.0,
+        *,
+        d: float,
+        in_order: bool,
     ):
         self.n, self.k = n, k
         self.split = _split(n, k, d)
         self.stream = tile_stream(self.split, device)
         self.tiles = _tiles(n, k, d, device)
-        self.w_scale = torch.full((n,), 1e-3, device=device)
-        self.bias = torch.randn(n, device=device) if bias else None
+        kept = (k + self.split.widths[0]) // 2
+        self.w_scale = torch.full((n,), gain * unit_scale(kept), device=device)
+        self.bias = torch.randn(n, device=device).mul_(BIAS) if bias else None
         order = torch.randperm(k, device=device, dtype=torch.int32)
         self.gather = None if in_order else order
         self.weight_bytes = self.stream.nbytes
@@ -161,12 +182,13 @@ def factory(
     """make(name, n, k, bias) for `kind` of KINDS; rows: the numbers of rows that will be asked."""
 
     def make(name: str, n: int, k: int, bias: bool) -> Linear:
+        gain = GAIN.get(name, 1.0)
         if kind == "dense":
-            return Dense(n, k, bias, device)
+            return Dense(n, k, bias, device, gain)
         if kind == "two_library":
             return TwoLibrary(n, k, bias, device, d=d, rows=rows, recorder=recorder)
         # The pruner sorts the rows of gate and up, so that down takes its columns as they come.
-        return Spense(n, k, bias, device, d=d, in_order=name == "down")
+        return Spense(n, k, bias, device, gain, d=d, in_order=name == "down")
 
     return make
 

@@ -11,8 +11,7 @@ KEY = ("model", "kind", "dense", "what", "batch", "context", "cache")
 
 
 def key_of(point: dict) -> tuple:
-    """What a newer point takes the place of; each run keeps the dense points it compares with."""
-    return (*(point[name] for name in KEY), point["ms"] if point["kind"] == "dense" else None)
+    return tuple(point[name] for name in KEY)
 
 
 def rival_of(point: dict, points: list[dict]) -> dict | None:
@@ -63,7 +62,11 @@ def line(point: dict, points: list[dict]) -> str:
 
 
 class Results:
-    """Runs (where and when) and points that name their run by number; written after every point."""
+    """Runs (where and when) and points that name their run by number; written after every point.
+
+    Of several points for the same thing the newest is written, by the time its run began, and of
+    the dense model also those that another point which is written is compared with.
+    """
 
     def __init__(self, path: Path | None, run: dict, merged: list[Path]):
         self.path = path
@@ -71,10 +74,9 @@ class Results:
         self.points: list[dict] = []
         for other in merged:
             data = json.loads(other.read_text())
-            shift = len(self.runs)
-            self.runs += data["runs"]
+            self.runs += [each for each in data["runs"] if each not in self.runs]
             for point in data["points"]:
-                self._put(point | {"run": point["run"] + shift})
+                self._put(point | {"run": self.runs.index(data["runs"][point["run"]])})
         self.run = len(self.runs)
         self.runs.append(run)
 
@@ -85,16 +87,34 @@ class Results:
         return point
 
     def _put(self, point: dict) -> None:
-        """Takes the place of an older point for the same thing."""
-        self.points = [old for old in self.points if key_of(old) != key_of(point)]
+        self.points = [p for p in self.points if self._place(p) != self._place(point)]
         self.points.append(point)
+
+    def _kept(self) -> list[dict]:
+        newest: dict[tuple, dict] = {}
+        for each in self.points:
+            other = newest.setdefault(key_of(each), each)
+            if self._began(each) >= self._began(other):
+                newest[key_of(each)] = each
+        kept = [self._place(p) for p in newest.values()]
+        kept += [self._place(r) for p in newest.values() if (r := rival_of(p, self.points))]
+        return [p for p in self.points if self._place(p) in kept]
+
+    def _place(self, point: dict) -> tuple:
+        return (*key_of(point), point["run"])
+
+    def _began(self, point: dict) -> str:
+        return self.runs[point["run"]]["created"]
 
     def write(self) -> None:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_name(self.path.name + ".new")
-        rows = {"runs": self.runs, "points": self.points}
+        kept = self._kept()
+        used = sorted({point["run"] for point in kept})
+        points = [point | {"run": used.index(point["run"])} for point in kept]
+        rows = {"runs": [self.runs[run] for run in used], "points": points}
         text = ",\n".join(
             f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in entries) + "\n]"
             for name, entries in rows.items()

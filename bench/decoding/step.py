@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decoding.attention import Attention, own_kernels
-from decoding.linears import BF16, Factory, Linear, Spense
+from decoding.linears import BF16, GAIN, Factory, Linear, Spense
 from decoding.models import ModelShape
 from spense_kernels import ops
 
@@ -44,7 +44,10 @@ class LayerWeights:
 
 
 class Weights:
-    """A whole model of one kind of linear layers; ours know which one comes next, with `hint`."""
+    """A whole model of one kind of linear layers; ours know which one comes next, with `hint`.
+
+    Everything is of about the size 1, so that the last layers still change what they are given.
+    """
 
     def __init__(self, shape: ModelShape, make: Factory, device: torch.device, hint: bool = True):
         self.shape = shape
@@ -58,7 +61,7 @@ class Weights:
                 name: make(name, n, k, shape.qkv_bias and name == "qkv")
                 for name, (n, k) in shape.linears.items()
             }
-            heads = norm(2, shape.head_dim) if shape.qk_norm else None
+            heads = norm(2, shape.head_dim).mul_(GAIN["qkv"]) if shape.qk_norm else None
             self.layers.append(
                 LayerWeights(linears, (norm(shape.hidden), norm(shape.hidden)), heads)
             )
@@ -85,8 +88,11 @@ class Cache:
         device: torch.device,
     ):
         size = (batch, shape.kv_heads, context, shape.head_dim)
-        one = torch.randn(size, device=device, dtype=BF16).to(dtype)
-        self.layers = [(one.clone(), one.clone()) for _ in range(shape.layers)]
+        noise = torch.randn(2, *size, device=device, dtype=BF16).mul_(GAIN["qkv"])
+        keys, values = (each.to(dtype) for each in noise)
+        del noise
+        others = [(keys.clone(), values.clone()) for _ in range(1, shape.layers)]
+        self.layers = [(keys, values), *others]
         self.batch, self.context, self.dtype = batch, context, dtype
 
 
@@ -141,10 +147,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Step:
     """`run(parts)` computes the step, or only some of its parts on what the last whole run left.
 
+    Every sequence, and every place of a prompt, has a token of its own: a GPU draws more power, and
+    may run slower, where rows differ. Steps start from the same tokens, so that all are alike; the
+    ones they choose go to `chosen`.
+
     Args:
         positions: int64 [tokens], places of the tokens in the cache; every sequence alike.
         attention: from decoding.attention; `causal` it does not matter to the rest.
         fused: rotary positions and the cache update in one launch, by decoding.kernels.
+        count: of the first decoder layers, if not all are to run.
     """
 
     weights: Weights
@@ -152,12 +163,15 @@ class Step:
     positions: Tensor
     attention: Attention
     fused: bool
+    count: int | None = None
     left: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self):
         shape, device = self.weights.shape, self.positions.device
-        count = self.cache.batch * self.positions.shape[0]
-        self.tokens = torch.zeros(count, dtype=torch.int64, device=device)
+        rows = self.cache.batch * self.positions.shape[0]
+        seeded = torch.Generator().manual_seed(rows)
+        self.tokens = torch.randperm(shape.vocabulary, generator=seeded)[:rows].to(device)
+        self.chosen = torch.zeros(self.cache.batch, dtype=torch.int64, device=device)
         self.cos, self.sin = rotary(shape, self.positions)
         kernels = own_kernels() if self.fused else None
         self.store: Callable = kernels.split_and_store if kernels else split_and_store
@@ -177,7 +191,8 @@ class Step:
         weights, shape = self.weights, self.weights.shape
         h = do("rest", "h", F.embedding, self.tokens, weights.table)
         delta = None
-        for layer, memory in zip(weights.layers, self.cache.layers, strict=True):
+        layers = list(zip(weights.layers, self.cache.layers, strict=True))
+        for layer, memory in layers[: self.count]:
             qkv, o, gate_up, down = layer.linears.values()
             norm = layer.norms[0]
             x8, scale, h = do("quantise", "norm 1", self._norm, h, delta, norm, qkv.gather)
@@ -224,4 +239,4 @@ class Step:
         )
 
     def _sample(self, logits: Tensor) -> None:
-        self.tokens[-logits.shape[0] :].copy_(logits.argmax(dim=-1))
+        self.chosen.copy_(logits.argmax(dim=-1))

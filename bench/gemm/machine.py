@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import subprocess
 import time
@@ -27,6 +28,11 @@ def _output(*command: str) -> str:
 def commit() -> str:
     described = _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     return described or "unknown"
+
+
+def add_commit(parser: argparse.ArgumentParser) -> None:
+    """The option whose value `machine` takes as `built`."""
+    parser.add_argument("--commit", help="what was built, where git cannot tell")
 
 
 def short_name(name: str, device: torch.device) -> str:

@@ -14,6 +14,7 @@ from spense_kernels.layout import LEGAL_NIBBLES, SPARSE_UNIT_BYTES, VALUE_BYTES,
 
 REUSE_OVER_L2 = 5  # bytes of weights between two reads of the same one, in sizes of the L2
 CPU_REUSE_BYTES = 1 << 20  # where only the logic is tried
+FP8_RMS = 100.0577  # of all finite e4m3
 
 
 def reuse_bytes(device: torch.device) -> int:
@@ -32,6 +33,12 @@ def random_fp8(*shape: int, device: torch.device) -> Tensor:
     """uint8: every byte that is not a NaN of e4m3 is as likely as any other."""
     values = torch.randint(0, 254, shape, dtype=torch.uint8, device=device)
     return values.add_(values >= 0x7F)
+
+
+def unit_scale(kept: int) -> float:
+    """The scale of a weight of random_fp8, `kept` of them a row, that makes products of the size of
+    its input."""
+    return 1 / (FP8_RMS * math.sqrt(kept))
 
 
 def random_x(m: int, k: int, device: torch.device) -> Tensor:
