@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import torch
 import transformers
+from torch import nn
 
+from spense_kernels.finetune import StudentLinear
 from spense_kernels.prune import PruneConfig, prune_model
 from spense_kernels.prune.install import PrunedModule
 
@@ -79,3 +81,14 @@ def same(a: Keep, b: Keep) -> bool:
 
 def distance(model, other, tokens) -> float:
     return float((model(tokens).logits - other(tokens).logits).square().mean())
+
+
+def student_of(family: str) -> nn.Module:
+    """A tiny model whose layers are StudentLinear with half of the weights gone."""
+    model = make(family)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and ".layers." in name:
+            weight = layer.weight.detach()
+            mask = weight.abs() >= weight.abs().median()
+            model.set_submodule(name, StudentLinear(weight, mask, layer.bias))
+    return model

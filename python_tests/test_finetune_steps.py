@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from prune_models import make
+from prune_models import make, student_of
 from torch import nn
 
 from spense_kernels.finetune import (
@@ -34,17 +34,6 @@ UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # unit roundoff
 
 def random(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def student_of(family: str) -> nn.Module:
-    """A tiny model whose layers are StudentLinear with half of the weights gone."""
-    model = make(family)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and ".layers." in name:
-            weight = layer.weight.detach()
-            mask = weight.abs() >= weight.abs().median()
-            model.set_submodule(name, StudentLinear(weight, mask, layer.bias))
-    return model
 
 
 def test_codes_are_those_of_rounding_with_clamps():

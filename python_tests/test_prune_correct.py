@@ -103,7 +103,7 @@ def test_resume_gives_the_same_bits(gemma, tokens, tmp_path, changes):
     assert same(whole, resumed)
 
 
-def problems(model, tokens, config, index, pruned_in_front=None):
+def problems(model, tokens, config, index, pruned_in_front=None, batch=4):
     """Tasks of a layer, and what the corrector makes of them before anything is pruned."""
     statistics = collect_statistics(model, tokens, config)
     layer, walk = model.model.layers[index], statistics.layers[index]
@@ -113,7 +113,7 @@ def problems(model, tokens, config, index, pruned_in_front=None):
     tasks = layer_tasks(
         index, layer, walk.groups, walk.hessians, plan, curvature, prefix, "cpu"
     )  # fmt: skip
-    corrector = Corrector(model, tokens, config, statistics.gradients, "cpu", 4)
+    corrector = Corrector(model, tokens, config, statistics.gradients, "cpu", batch)
     for i in range(index):
         corrector.advance(i, {} if pruned_in_front is None else pruned_in_front.layers[i])
     return tasks, corrector
@@ -129,7 +129,8 @@ def test_nothing_lost_in_front_changes_no_target(gemma, tokens, index, share, si
     tasks, corrector = problems(gemma, tokens, config, index)
     seen = corrector._see(index, tasks)
     for task in tasks:
-        made = corrector._problem(index, task, seen[task.group.name])
+        inputs = corrector._inputs(index, task)
+        made = corrector._problem(index, task, seen[task.group.name], inputs)
         for weight, target in zip(task.problem.weights, made.weights, strict=True):
             torch.testing.assert_close(target, weight, rtol=1e-5, atol=1e-6)
         for (_, mine), (_, theirs) in zip(made.parts, task.problem.parts, strict=True):
@@ -152,7 +153,7 @@ def test_target_against_its_definition(gemma, tokens):
         walk.forward(0)
     seen = corrector._see(1, tasks)
     task = tasks[0]
-    made = corrector._problem(1, task, seen[task.group.name])
+    made = corrector._problem(1, task, seen[task.group.name], corrector._inputs(1, task))
     norms = [m.model.layers[1].input_layernorm for m in (dense, pruned)]
     x_d, x_p = (n(w.hidden[0]).flatten(0, 1).double() for n, w in zip(norms, walks, strict=True))
     weight = task.problem.weights[0].double()
@@ -161,6 +162,60 @@ def test_target_against_its_definition(gemma, tokens):
     loss = [float((x_p @ w.T - x_d @ weight.T).square().sum()) for w in matrices]
     assert loss[2] <= loss[1] <= loss[2] + 0.01 * (loss[0] - loss[2]), loss
     assert loss[2] < 0.8 * loss[0]
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_one_pass_gives_the_bits_of_going_from_group_to_group(family, tokens, fp8):
+    """Modules, what the next layer reads, and no hook that stays."""
+    model, found = make(family), []
+    config = quick(correct=True, fp8=fp8, gradient_share=0.5, sensitivity_stride=1)
+    config = config.replace(sensitivity_sequences=len(tokens))
+    for way in ("_in_one_pass", "_by_group"):
+        tasks, corrector = problems(model, tokens, config, 0, batch=len(tokens))
+        seen = corrector._see(0, tasks)
+        modules = getattr(corrector, way)(0, tasks, seen)
+        assert not seen
+        layer = corrector.pruned.layers[0]
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
+        found.append((modules, corrector.pruned.hidden[0]))
+    (one, out), (other, expected) = found
+    assert torch.equal(out, expected)
+    assert list(one) == list(other)
+    for name, module in one.items():
+        assert torch.equal(module.weight, other[name].weight), name
+        assert torch.equal(module.k_perm, other[name].k_perm), name
+        assert module.error == other[name].error
+
+
+def test_all_tokens_in_a_batch_take_one_pass(gemma, tokens, monkeypatch):
+    config = quick(correct=True)
+    monkeypatch.setattr(Corrector, "_by_group", None)
+    together = pruned_tensors(gemma, tokens, config, batch=len(tokens))
+    monkeypatch.undo()
+    monkeypatch.setattr(Corrector, "_in_one_pass", None)
+    apart = pruned_tensors(gemma, tokens, config, batch=2)
+    for (name, field, a), (*_, b) in zip(together.tensors(), apart.tensors(), strict=True):
+        if field == "error":
+            assert a == pytest.approx(b, rel=0.02), name
+
+
+@pytest.mark.gpu
+def test_on_cuda_one_pass_loses_what_batches_do(tokens):
+    """By default all tokens are in one pass there, and small Hessians stay."""
+    model = make("gemma3").to(torch.bfloat16).cuda()
+    config = quick(correct=True, gradient_share=1.0, sensitivity_stride=1, **STAIRCASE)
+    config = config.replace(sensitivity_sequences=len(tokens))
+    found = []
+    for batch in (None, 2):
+        statistics = collect_statistics(model, tokens, config, device="cuda", batch=batch)
+        kept = [h for layer in statistics.layers for h in layer.hessians.values()]
+        assert all(h.is_cuda for h in [*kept, *statistics.gradients.hessians.values()])
+        keep = pruned_tensors(
+            model, tokens, config, statistics=statistics, device="cuda", batch=batch
+        )
+        found.append([m.error for modules in keep.layers for m in modules.values()])
+    assert sum(found[0]) == pytest.approx(sum(found[1]), rel=0.05)
 
 
 def test_energies_take_their_own_sequences(gemma, tokens):

@@ -10,6 +10,7 @@ from spense_kernels.prune import obs
 from spense_kernels.prune.hessian import (
     accumulate,
     add_product,
+    bfloat16_parts,
     damp,
     damped_factor,
     dead_inputs,
@@ -74,6 +75,31 @@ def test_products_in_parts_are_the_whole(monkeypatch):
         out[1:6, 2:11] = 1.0
         assert out.eq(1.0).all()
     assert [tokens for _, tokens in seen] == [60, 60]
+
+
+def test_two_bfloat16_parts_are_nearly_the_value():
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(5)) * 1e-9
+    parts = bfloat16_parts(values)
+    assert [part.dtype for part in parts] == [torch.bfloat16] * 2
+    whole = parts[0].double() + parts[1].double()
+    assert float(((whole - values) / values).abs().max()) <= 2**-17
+    exact = values.bfloat16()
+    assert len(found := bfloat16_parts(exact)) == 1
+    assert torch.equal(found[0], exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "columns"), [(4096, 640), (16384, 256), (500, 2500)])
+def test_moments_of_bfloat16_on_a_gpu(tokens, columns):
+    """Up to 2^-17 from two parts, and what tensor cores cut off their sums, 16 tokens a time."""
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(tokens, columns, generator=generator).bfloat16()
+    weight = torch.rand(tokens, generator=generator) * 1e-6
+    out = torch.zeros(columns, columns).cuda()
+    accumulate(out, x.cuda(), weight.cuda())
+    weighted = x.double() * weight.double()[:, None]
+    wanted, size = weighted.T @ x.double(), weighted.abs().T @ x.double().abs()
+    assert float(((symmetrize(out).cpu() - wanted) / size).abs().max()) < 2**-14
 
 
 def test_token_weights_of_a_zero_row():
@@ -157,6 +183,23 @@ def test_rows_of_different_width_match_separate_sweeps():
         alone = sweep(weight[None, rows], factor, start).weight[0]
         # GEMM shapes differ, so sums may be rounded differently; masks could flip only on ties.
         torch.testing.assert_close(together[rows], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("coupled", [True, False])
+def test_losses_at_many_starts_are_those_of_a_sweep_each(coupled, device):
+    """Ends inside blocks, at their edges, at none and all columns."""
+    weight, hessian = problem(k=400)
+    _, factor, _ = damped_factor(hessian, 0.01)
+    weight = torch.stack([weight, weight.flip(0)]).to(device)
+    factor = torch.stack([factor, 1.5 * factor]).to(device)
+    starts = [0, 16, 128, 132, 256, 304, 400]
+    found = obs.swept_losses(weight, factor, starts, coupled=coupled)
+    assert found.shape == (7, 2, 96)
+    for losses, start in zip(found, starts, strict=True):
+        expected = sweep(weight, factor, start, coupled=coupled).row_loss
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    assert bool((found.diff(dim=0) > 0).all())
 
 
 def test_batch_matches_single():

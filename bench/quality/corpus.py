@@ -160,6 +160,16 @@ def draw_validation(pools: dict[str, Tensor], seen: Tensor, count: int) -> Tenso
     return torch.cat(out)
 
 
+def hold_out(pools: dict[str, Tensor], count: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Pools without their last pages, and int64 [count, L] windows of those, half of each book.
+
+    Windows from between others (draw_validation) share pages with the text of a fine-tune, and get
+    better with it long after those of other pages have stopped.
+    """
+    kept = {name: pool[: len(pool) - count // 2] for name, pool in pools.items()}
+    return kept, torch.cat([pool[len(pool) - count // 2 :] for pool in pools.values()])
+
+
 def training_windows(pools: dict[str, Tensor]) -> Tensor:
     """All text of the calibration side for a fine-tune: each book cut at several offsets."""
     out = []

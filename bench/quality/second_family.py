@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from corpus import CALIBRATION_SEED, fetch, load_prose, training_texts
 from session import SETTINGS, Session, commit, machine
+from targets import THOROUGH
 from torch import Tensor
 
 from spense_kernels import evaluate
@@ -241,8 +242,13 @@ def plan(options) -> dict[str, PruneConfig]:
             uniform = {**ours, "strategy": "uniform", "dense_fraction": d}
             rows[f"uniform {d:.1%}"] = PruneConfig(**uniform)
         rows[f"ours {d:.1%}"] = PruneConfig(**{**ours, "dense_fraction": d})
+    if options.device != "cpu":  # a backward pass over all text
+        for d in FRACTIONS:
+            thorough = {**ours, **THOROUGH, "dense_fraction": d}
+            rows[f"ours with correction {d:.1%}"] = PruneConfig(**thorough)
     # Plain statistics first, so that each kind is collected once.
-    return dict(sorted(rows.items(), key=lambda item: item[1].token_weighting != "none"))
+    kinds = {name: (c.token_weighting != "none", c.gradient_share) for name, c in rows.items()}
+    return dict(sorted(rows.items(), key=lambda item: kinds[item[0]]))
 
 
 def parse() -> argparse.Namespace:

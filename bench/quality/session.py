@@ -127,6 +127,7 @@ class Session:
             nll, error = mean_and_error(losses)
             losses = [round(x, 5) for x in losses]
             row[part] = {"nll": nll, "stderr": error, "ppl": math.exp(nll), "window_nll": losses}
+        row["commit"] = commit()
         self.results["rows"][name] = row
         add_r(self.results["rows"], PARTS)
         text = (json.dumps(self.results, indent=1) + "\n").encode()

@@ -38,6 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--noise", type=float, default=0.0, help="share of tokens, see FinetuneConfig"
     )
+    parser.add_argument("--interpolation", type=float, default=1.0, help="see FinetuneConfig")
     return parser.parse_args()
 
 
@@ -51,6 +52,11 @@ def label(fraction: float) -> str:
     return f"staircase {100 * fraction:g} %" if fraction else "2:4"
 
 
+def tuned_label(fraction: float, seed: int, options) -> str:
+    part = f", interpolation {options.interpolation:g}" if options.interpolation < 1 else ""
+    return f"{label(fraction)}, fine-tuned {options.tune_seconds:g} s{part}, seed {seed}"
+
+
 def fill(session: Session, options) -> None:
     """All rows, the most telling first."""
     session.ends()
@@ -58,7 +64,7 @@ def fill(session: Session, options) -> None:
     for seed in options.seeds:
         for fraction in options.fractions:
             name = f"{label(fraction)}, seed {seed}"
-            tuned = f"{label(fraction)}, fine-tuned {options.tune_seconds:g} s, seed {seed}"
+            tuned = tuned_label(fraction, seed, options)
             tunes = options.tune_seconds > 0 and seed in options.tune_seeds and fraction > 0
             if name in rows and (not tunes or tuned in rows):
                 continue
@@ -88,6 +94,7 @@ def tune(session: Session, name: str, pruned, dense_fraction: float, options) ->
     config = FinetuneConfig(
         minutes=options.tune_seconds / 60, batch=options.batch, lr=options.lr, warmup=40,
         splice=options.splice, noise=options.noise,
+        interpolation=options.interpolation,
     )  # fmt: skip
     begin = time.monotonic()
     report = finetune(student, session.model, session.training(), config)
@@ -104,23 +111,17 @@ def tune(session: Session, name: str, pruned, dense_fraction: float, options) ->
     session.keep(name, row, finish_student(student).to(session.device))
 
 
-def show(rows: dict, seeds: list[int]) -> None:
-    """Means over seeds against the targets; of fine-tunes, the longest."""
+def show(rows: dict, options) -> None:
+    """Means over seeds against the targets; of fine-tunes, those that `options` ask for."""
     print(f"\n{'dense':>8} {'one-shot':>9} {'target':>7} {'fine-tuned':>11} {'target':>7}")
     for fraction, (shot, tuned) in sorted(TARGETS.items()):
         cells = []
         for tunes in (False, True):
-            found = []
-            for seed in seeds:
-                same = [
-                    row
-                    for name, row in rows.items()
-                    if name.startswith(f"{label(fraction)},")
-                    and name.endswith(f" seed {seed}")
-                    and tunes == ("tune_seconds" in row)
-                ]
-                longest = max(same, key=lambda row: row.get("tune_seconds", 0), default=None)
-                found += [longest["test"]["r"]] if longest else []
+            names = [
+                tuned_label(fraction, seed, options) if tunes else f"{label(fraction)}, seed {seed}"
+                for seed in options.seeds
+            ]
+            found = [rows[name]["test"]["r"] for name in names if name in rows]
             cells.append(f"{sum(found) / len(found):.3f} ({len(found)})" if found else "-")
         print(f"{fraction:8.1%} {cells[0]:>9} {shot:7.2f} {cells[1]:>11} {tuned or '-':>7}")
 
@@ -129,7 +130,7 @@ def main() -> None:
     options = parse()
     session = open_session(options)
     fill(session, options)
-    show(session.results["rows"], options.seeds)
+    show(session.results["rows"], options)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ class FinetuneConfig:
             windows as they are.
         noise: share of tokens that are replaced by others of the text. With this or `splice` no two
             passes over the text are alike, and the teacher's states cannot be kept.
+        interpolation: where the result lies on the line between the weights at the start (0) and
+            those of the last step (1); applied once, at the end.
         compile: on CUDA, fuse element-wise work with torch.compile; costs seconds at the start.
         graph: on CUDA with one process, replay steps as a CUDA graph.
     """
@@ -50,6 +52,7 @@ class FinetuneConfig:
     seed: int = 0
     splice: int = 1
     noise: float = 0.0
+    interpolation: float = 1.0
     compile: bool = True
     graph: bool = True
 
@@ -70,6 +73,10 @@ class FinetuneConfig:
             raise PruneError(f"FinetuneConfig: lr_end must be in 0..1, got {self.lr_end}")
         if not 0.0 <= self.noise < 1.0:
             raise PruneError(f"FinetuneConfig: noise must be in 0..1, below 1, got {self.noise}")
+        if not 0.0 < self.interpolation <= 1.0:
+            raise PruneError(
+                f"FinetuneConfig: interpolation must be in 0..1, above 0, got {self.interpolation}"
+            )
         if not self.clip >= 0:
             raise PruneError(f"FinetuneConfig: clip must be at least 0, got {self.clip}")
 

@@ -103,7 +103,10 @@ class _Run:
         self.device = accelerator.device
         self.teacher = teacher.to(self.device).eval().requires_grad_(False)
         student = student.to(self.device)
-        weights = [layer.weight for layer in student_layers(student).values()]
+        self.weights = weights = [layer.weight for layer in student_layers(student).values()]
+        self.start = []
+        if config.interpolation < 1.0:
+            self.start = [weight.detach().clone() for weight in weights]
         for weight in weights:
             weight.requires_grad_(True)
         cuda = self.device.type == "cuda"
@@ -166,12 +169,19 @@ class _Run:
                 progress.advance()
             if max_seconds is not None and time.monotonic() - begin > max_seconds:
                 break
+        self._interpolate()
         if progress is not None:
             progress.finish()
         report.config = self.config
         report.losses = [float(loss) for loss in losses]
         report.seconds = time.monotonic() - begin
         return report
+
+    @torch.no_grad()
+    def _interpolate(self) -> None:
+        """Go back some of the way to the start; saved states are of the way itself."""
+        for weight, start in zip(self.weights, self.start, strict=bool(self.start)):
+            weight.copy_(start.lerp(weight, self.config.interpolation))
 
     def _step(self, step: int) -> Tensor:
         rate = self.config.lr * self.config.share(step)

@@ -84,8 +84,8 @@ def _inverse(scaled: Tensor, pull: float, before: Tensor | None) -> Tensor:
     On a GPU the inverses before are improved by Newton's steps, which are matrix products only:
     factorisations take far longer there, and wait for the device.
     """
-    eye = torch.eye(scaled.shape[-1], device=scaled.device)
-    shifted = scaled + pull * eye
+    shifted = scaled.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(pull)
     single = len(scaled) == 1 and scaled.shape[-1] > NEWTON_COLUMNS
     if before is None or not scaled.is_cuda or single:
         return torch.cholesky_inverse(cholesky(shifted))
@@ -100,17 +100,43 @@ def newton_inverse(matrix: Tensor, guess: Tensor, steps: int = 4) -> Tensor:
 
 
 def _steps(cut: Tensor, goal: Tensor, dual: Tensor, inverse: Tensor, pull: float, count: int):
-    """Some steps at one pull; `cut` and `dual` [B, n, K] change in place."""
+    """Some steps at one pull; `cut` and `dual` [B, n, K] change in place.
+
+    Buffers and views of them are made once: for few rows a GPU waits for the host otherwise.
+    """
     solved = goal @ inverse
+    value, other = torch.empty_like(cut), torch.empty_like(cut)
+    largest = _TwoLargest(other)
     for _ in range(count):
-        value = (dual + solved).baddbmm_(cut - dual, inverse, alpha=pull)
-        torch.mul(value, _among_two_largest(value.abs()), out=cut)
+        torch.add(dual, solved, out=value)
+        torch.sub(cut, dual, out=other)
+        value.baddbmm_(other, inverse, alpha=pull)
+        torch.abs(value, out=other)
+        torch.mul(value, largest.mask(), out=cut)
         torch.sub(value, cut, out=dual)
 
 
-def _among_two_largest(values: Tensor) -> Tensor:
-    """bool [..., K] as of `top2_mask`, in fewer kernels; ties keep more than two."""
-    a, b, c, d = (fours := values.unflatten(-1, (-1, 4))).unbind(-1)
-    smaller = torch.maximum(torch.minimum(a, b), torch.minimum(c, d))
-    larger = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
-    return (fours >= torch.maximum(smaller, larger)[..., None]).flatten(-2)
+class _TwoLargest:
+    """bool [..., K] as of `top2_mask` for what `values` holds at the time, in fewer kernels; ties
+    keep more than two."""
+
+    def __init__(self, values: Tensor):
+        self._fours = values.unflatten(-1, (-1, 4))
+        self._columns = self._fours.unbind(-1)
+        self._buffers = [torch.empty_like(self._columns[0]) for _ in range(3)]
+        self._least = self._buffers[0][..., None]
+        self._kept = torch.empty_like(values, dtype=torch.bool)
+        self._kept_fours = self._kept.unflatten(-1, (-1, 4))
+
+    def mask(self) -> Tensor:
+        """The mask, in a tensor that the next call writes to."""
+        (a, b, c, d), (x, y, z) = self._columns, self._buffers
+        torch.minimum(a, b, out=x)
+        torch.minimum(c, d, out=y)
+        torch.maximum(x, y, out=x)
+        torch.maximum(a, b, out=y)
+        torch.maximum(c, d, out=z)
+        torch.minimum(y, z, out=y)
+        torch.maximum(x, y, out=x)
+        torch.ge(self._fours, self._least, out=self._kept_fours)
+        return self._kept

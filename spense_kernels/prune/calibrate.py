@@ -17,8 +17,13 @@ from torch import Tensor, nn
 from spense_kernels.errors import PruneError
 from spense_kernels.prune.groups import Group, GroupProbe, decoder_layers, outside_modules
 from spense_kernels.prune.hessian import accumulate, check_finite, symmetrize, token_weights
+from spense_kernels.prune.norms import fast_norms
 
-_GPU_TOKENS = 1 << 14  # of a forward pass
+_GPU_TOKENS = 1 << 14  # of a forward pass that is not of all
+# Of a GPU's memory, for each token and column of the hidden states, above which not all tokens go
+# in one pass: a layer with its backward pass and the sums over it take about a third of that.
+_ONE_PASS_BYTES = 640
+_PROBED = 4  # sequences that tell which projections share an input
 
 
 class Stop(Exception):
@@ -35,13 +40,21 @@ def check_calibration(calibration: Tensor) -> None:
         raise PruneError(f"prune: calibration must be int64 [S >= 1, L >= 2] token ids, got {got}")
 
 
-def batch_size(calibration: Tensor, device) -> int:
+def batch_size(calibration: Tensor, hidden: int, device) -> int:
     """Sequences of [S, L] in a forward pass.
 
-    On a GPU the launches of a short pass take longer than what they launch.
+    On a GPU the launches of a short pass take longer than what they launch; all tokens go in one
+    pass where there is plenty of room.
+
+    Args:
+        hidden: columns of the hidden states.
     """
-    short = torch.device(device).type != "cuda"
-    return 4 if short else max(4, _GPU_TOKENS // calibration.shape[1])
+    if torch.device(device).type != "cuda":
+        return 4
+    memory = torch.cuda.get_device_properties(device).total_memory
+    if calibration.numel() * hidden * _ONE_PASS_BYTES <= memory:
+        return len(calibration)
+    return max(4, _GPU_TOKENS // calibration.shape[1])
 
 
 @contextmanager
@@ -91,20 +104,29 @@ class LayerWalk:
         self._ids: list[Tensor] = []
         self._home = next(self.layers[0].parameters()).device
         self._tuple_out = False
+        columns = model.get_input_embeddings().weight.shape[1]
+        batch = batch or batch_size(calibration, columns, device)
         with torch.no_grad():
-            for ids in calibration.split(batch or batch_size(calibration, device)):
-                self._embed(model, ids)
+            for ids in calibration.split(batch):
+                self.hidden.append(self._embed(model, ids))
+                self._ids.append(ids.to(model.get_input_embeddings().weight.device))
+            if batch > _PROBED:
+                self._embed(model, calibration[:_PROBED])
 
-    def _embed(self, model: nn.Module, ids: Tensor) -> None:
-        """Record what every layer is called with; no layer computes anything."""
+    def _embed(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """Inputs of the first layer; also records what every layer is called with beside them.
+
+        No layer computes anything.
+        """
         calls: list = []
+        first: list[Tensor] = []
         vocabulary = model.get_input_embeddings()
 
         def make(index, layer):
             def record(*args, **kwargs):
                 hidden = args[0] if args else kwargs.pop("hidden_states")
                 if index == 0:
-                    self.hidden.append(hidden.to(self._home))
+                    first.append(hidden.to(self._home))
                 calls.append((args[1:], kwargs))
                 if index == len(self.layers) - 1:
                     raise Stop
@@ -121,7 +143,7 @@ class LayerWalk:
         with overridden(self.layers, make), suppress(Stop):
             model(input_ids=ids.to(vocabulary.weight.device), use_cache=False)
         self._arguments.setdefault(ids.shape[0], calls)
-        self._ids.append(ids.to(vocabulary.weight.device))
+        return first[0]
 
     def name(self, index: int) -> str:
         return f"{self.prefix}.{index}."
@@ -132,7 +154,8 @@ class LayerWalk:
         layer = self.layers[index]
         layer.to(self.device)
         try:
-            yield layer
+            with fast_norms(layer):
+                yield layer
         finally:
             layer.to(self._home)
 
@@ -158,9 +181,9 @@ class LayerWalk:
 
     @torch.no_grad()
     def find_groups(self, index: int, skip: tuple[str, ...] = ()) -> list[Group]:
-        """Groups of projections of this layer, by a forward pass of one batch."""
+        """Groups of projections of this layer, by a forward pass of few sequences."""
         with GroupProbe(self.layers[index], skip, self.name(index)) as probe:
-            self.call(index, self.hidden[0].to(self.device))
+            self.call(index, self.hidden[0][:_PROBED].to(self.device))
         return probe.groups()
 
     def hessians(

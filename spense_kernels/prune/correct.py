@@ -12,6 +12,7 @@ of x_d. Of all matrices the one whose outputs on x_p are closest to the dense mo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 import torch
@@ -92,19 +93,57 @@ class Corrector:
         """
         with phase("dense model"), self.dense.on_device(index):
             seen = self._see(index, tasks)
-        found: dict[str, PrunedModule] = {}
-        with self.pruned.on_device(index) as layer:
-            for task in tasks:
-                problem = self._problem(index, task, seen.pop(task.group.name))
-                done = dataclasses.replace(task, problem=problem, result={})
-                seeds = [seeded(self.config, problem.name)]
-                done.finish(compress([problem], self.config, seeds)[0])
-                stand_in(layer, done.result)
-                found.update(done.result)
-            with phase("pruned model"):
-                self.pruned.forward(index)
+        one = len(self.pruned.hidden) == 1
+        with self.pruned.on_device(index):
+            found = (self._in_one_pass if one else self._by_group)(index, tasks, seen)
         self.pruned.layers[index] = nn.Identity()
         return found
+
+    def _in_one_pass(
+        self, index: int, tasks: list[Task], seen: dict[str, _Seen]
+    ) -> dict[str, PrunedModule]:
+        """With all tokens in one batch: a forward pass that prunes each group as it gets there."""
+        layer, found, handles = self.pruned.layers[index], {}, {}
+        for task in tasks:
+
+            def reached(module, args, output, task=task):
+                name = task.group.name
+                handles[name].remove()  # without FP8 it stays the same module
+                found.update(self._pruned(index, task, seen.pop(name), args))
+                return layer.get_submodule(name)(*args)
+
+            module = layer.get_submodule(task.group.name)
+            handles[task.group.name] = module.register_forward_hook(reached)
+        try:
+            with phase("pruned model"):
+                self.pruned.forward(index)
+        finally:
+            for handle in handles.values():
+                handle.remove()
+        return found
+
+    def _by_group(
+        self, index: int, tasks: list[Task], seen: dict[str, _Seen]
+    ) -> dict[str, PrunedModule]:
+        """Batch after batch up to one group, which is pruned, then from the front to the next."""
+        found: dict[str, PrunedModule] = {}
+        for task in tasks:
+            inputs = self._inputs(index, task)
+            found.update(self._pruned(index, task, seen.pop(task.group.name), inputs))
+        with phase("pruned model"):
+            self.pruned.forward(index)
+        return found
+
+    def _pruned(
+        self, index: int, task: Task, seen: _Seen, inputs: Iterable[Tensor]
+    ) -> dict[str, PrunedModule]:
+        """Pruned modules of a group, which stand in for it from here on."""
+        problem = self._problem(index, task, seen, inputs)
+        done = dataclasses.replace(task, problem=problem, result={})
+        seeds = [seeded(self.config, problem.name)]
+        done.finish(compress([problem], self.config, seeds)[0])
+        stand_in(self.pruned.layers[index], done.result)
+        return done.result
 
     @torch.no_grad()
     def advance(self, index: int, modules: dict[str, PrunedModule]) -> None:
@@ -138,11 +177,15 @@ class Corrector:
                 handle.remove()
         return found
 
-    def _problem(self, index: int, task: Task, seen: _Seen):
-        """The task's problem with W' for W and the H that goes with it."""
+    def _problem(self, index: int, task: Task, seen: _Seen, inputs: Iterable[Tensor]):
+        """The task's problem with W' for W and the H that goes with it.
+
+        Args:
+            inputs: the pruned model's inputs [B, L, K] of the group, a batch at a time.
+        """
         problem = task.problem
         with phase("moments"):
-            hessians, shifts = self._moments(index, task, seen)
+            hessians, shifts = self._moments(index, task, seen, inputs)
         one = len(hessians) == 1
         with phase("targets"):
             targets = self._targets(problem, hessians, shifts)
@@ -162,7 +205,9 @@ class Corrector:
             found.append(weight + weight @ shift @ factor.T @ factor)
         return found
 
-    def _moments(self, index: int, task: Task, seen: _Seen) -> tuple[list[Tensor], list[Tensor]]:
+    def _moments(
+        self, index: int, task: Task, seen: _Seen, inputs: Iterable[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """H and D, one for all modules of the group or one each.
 
         Token weights sum to 1 before first tokens get what the loss reacts to them beyond it.
@@ -176,7 +221,7 @@ class Corrector:
         weights = [(w / w.sum().clamp_min(1e-30)).flatten() for w in weights]
         k = task.problem.k
         sums = torch.zeros(2, len(weights), k, k, device=self.device)
-        firsts = self._accumulate(index, task, seen, weights, sums)
+        firsts = self._accumulate(seen, inputs, weights, sums)
         for hessian in sums[0]:
             symmetrize(hessian)
         (first_d, first_p), sequences = firsts, self.shape[0]
@@ -198,37 +243,46 @@ class Corrector:
                 break
         return [shrunk(m[0], config.shrinkage) for m in found], [m[1] for m in found]
 
-    def _accumulate(self, index: int, task: Task, seen: _Seen, weights: list[Tensor], sums: Tensor):
-        """Run the pruned layer up to the group; first tokens float32 [S, K], dense and pruned."""
-        inputs: list[Tensor] = []
-
-        def stop(module, args):
-            inputs.append(args[0])
-            raise Stop
-
+    def _accumulate(self, seen: _Seen, inputs, weights: list[Tensor], sums: Tensor):
+        """Add the moments to `sums`; first tokens float32 [S, K], dense and pruned."""
         firsts: list[tuple[Tensor, Tensor]] = []
-        module = self.pruned.layers[index].get_submodule(task.group.name)
-        handle = module.register_forward_pre_hook(stop)
         place, length = 0, self.shape[1]
-        try:
-            for hidden, x_d in zip(self.pruned.hidden, seen.inputs, strict=True):
-                with suppress(Stop):
-                    self.pruned.call(index, hidden.to(self.device))
-                x_p, x_d = self._read(inputs.pop()), x_d.to(self.device).float()
-                delta = x_d - x_p
-                for i, weight in enumerate(weights):
-                    weight = weight[place : place + len(x_p)]
-                    accumulate(sums[0, i], x_p, weight)
-                    add_product(sums[1, i], delta, x_p * weight[:, None])
-                firsts.append((x_d[::length], x_p[::length]))
-                place += len(x_p)
-        finally:
-            handle.remove()
+        for x, x_d in zip(inputs, seen.inputs, strict=True):
+            codes, scale = self._read(x)
+            x_p, x_d = codes * scale[:, None], x_d.to(self.device)  # in float32, by the scale
+            delta = (x_d - x_p).mul_(scale[:, None])
+            for i, weight in enumerate(weights):
+                weight = weight[place : place + len(x_p)]
+                accumulate(sums[0, i], codes, weight * scale.square())
+                add_product(sums[1, i], delta * weight[:, None], codes)
+            # Copies: slices would keep all of the batch.
+            first = x_d[::length].to(torch.float32, copy=True), x_p[::length].clone()
+            firsts.append(first)
+            place += len(x_p)
         return [torch.cat(part) for part in zip(*firsts, strict=True)]
 
-    def _read(self, x: Tensor) -> Tensor:
-        """float32 [T, K]: x as a pruned projection reads it."""
+    def _inputs(self, index: int, task: Task) -> Iterator[Tensor]:
+        """The pruned layer's inputs [B, L, K] of a group, which it runs up to in every batch."""
+        given: list[Tensor] = []
+
+        def stop(module, args):
+            given.append(args[0])
+            raise Stop
+
+        module = self.pruned.layers[index].get_submodule(task.group.name)
+        handle = module.register_forward_pre_hook(stop)
+        try:
+            for hidden in self.pruned.hidden:
+                with suppress(Stop):
+                    self.pruned.call(index, hidden.to(self.device))
+                yield given.pop()
+        finally:
+            handle.remove()
+
+    def _read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x as a pruned projection reads it: codes [T, K] times a float32 scale [T] each."""
         if not self.config.fp8:
-            return x.flatten(0, -2).float()
+            x = x.flatten(0, -2)
+            return x, torch.ones(len(x), device=x.device)
         codes, scale = ops.quantize_fp8(rows_of(x))
-        return codes.float() * scale[:, None]
+        return codes.bfloat16(), scale  # e4m3 is exact in it, and products are fast

@@ -12,7 +12,7 @@ from spense_kernels.prune.blocks import stacked
 from spense_kernels.prune.compress import compress, pieces_alike, row_losses
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.hessian import damped_factors, permuted
-from spense_kernels.prune.obs import sweep
+from spense_kernels.prune.obs import sweep, swept_losses
 from spense_kernels.prune.order import (
     Problem,
     gather_order,
@@ -57,12 +57,10 @@ def swept_curves(problems, widths, config: PruneConfig, generators) -> list[Tens
         names = [problems[piece.index].name for piece in pieces]
         factor, _ = damped_factors(hessian, config.damping, names)
         target = torch.stack([dense[p.index][p.rows][:, orders[p.index]] for p in pieces])
-        for i, width in enumerate(widths):
-            start = problems[0].k_shards * (size - width)
-            if start:
-                loss = _swept_loss(target, factor, hessian, start, config).double().cpu()
-                for piece, lost in zip(pieces, loss, strict=True):
-                    out[piece.index, i, piece.rows] = lost
+        starts = [problems[0].k_shards * (size - width) for width in widths]
+        losses = _swept_losses(target, factor, hessian, starts, config).double().cpu()
+        for b, piece in enumerate(pieces):
+            out[piece.index, :, piece.rows] = losses[:, b]
     return list(out)
 
 
@@ -80,14 +78,22 @@ def _snakes(problems, dense: Tensor, widths, config: PruneConfig, generators) ->
     return orders
 
 
-def _swept_loss(target, factor, hessian, start: int, config: PruneConfig) -> Tensor:
-    """float32 [B, N] at one width, of targets [B, N, K], factors and Hessians [B, K, K]."""
-    swept = sweep(target, factor, start, coupled=config.mask == "pair")
-    if not config.curve_refit_steps:
-        return swept.row_loss
-    steps = config.curve_refit_steps
-    fitted = refit(swept.weight, target, swept.mask, hessian, steps, start)
-    return row_losses(fitted - target, hessian)
+def _swept_losses(target, factor, hessian, starts: list[int], config: PruneConfig) -> Tensor:
+    """float32 [starts, B, N] of targets [B, N, K], factors and Hessians [B, K, K]."""
+    coupled, steps = config.mask == "pair", config.curve_refit_steps
+    if not steps and all(start % 4 == 0 for start in starts):
+        ascending = sorted(set(starts))
+        found = swept_losses(target, factor, ascending, coupled=coupled)
+        return torch.stack([found[ascending.index(start)] for start in starts])
+    found = torch.zeros(len(starts), *target.shape[:2], device=target.device)
+    for loss, start in zip(found, starts, strict=True):
+        if start:
+            swept = sweep(target, factor, start, coupled=coupled)
+            loss.copy_(swept.row_loss)
+            if steps:
+                fitted = refit(swept.weight, target, swept.mask, hessian, steps, start)
+                loss.copy_(row_losses(fitted - target, hessian))
+    return found
 
 
 def finished_curves(problems, widths, config: PruneConfig, generators) -> list[Tensor]:

@@ -85,17 +85,53 @@ def sweep(
     keep = torch.ones(batch, k, n, dtype=torch.bool, device=weight.device)
     loss = torch.zeros(batch, n, device=weight.device)
     end = k if scale is not None or mask is not None else rules.high
-    for a in range(0, end, BLOCK):
-        b = min(a + BLOCK, k)
-        sweep_block = _replay_block if _repeats(work, a, b, rules) else _sweep_block
-        error = sweep_block(work[:, a:b], keep[:, a:b], factor[:, a:b, a:b], a, rules)
+    for _, error in _blocks(work, keep, factor, end, rules):
         loss += error.square().sum(dim=1)
-        if b < k:
-            work[:, b:].baddbmm_(factor[:, a:b, b:].transpose(1, 2), error, alpha=-1)
     if scale is not None:
         work *= scale[:, None]
         loss *= scale.square()
     return Swept(work.transpose(1, 2).contiguous(), keep.transpose(1, 2).contiguous(), loss)
+
+
+def swept_losses(
+    weight: Tensor, factor: Tensor, dense_starts: list[int], *, coupled: bool = True
+) -> Tensor:
+    """`row_loss` of one sweep for each dense start, float32 [starts, B, N].
+
+    What a sweep does before a column knows nothing of the columns behind, so that one sweep, to the
+    last start, passes through the ends of all.
+
+    Args:
+        weight, factor, coupled: as of `sweep`.
+        dense_starts: multiples of 4, ascending.
+    """
+    batch, n, _k = weight.shape
+    rules = _make_rules(weight, dense_starts[-1], 0, None, None, coupled)
+    work = weight.float().transpose(1, 2).contiguous()
+    keep = torch.ones_like(work, dtype=torch.bool)
+    loss = torch.zeros(batch, n, device=weight.device)
+    found, waiting = [], list(dense_starts)
+    while waiting and waiting[0] == 0:
+        found.append(loss.clone())
+        waiting.pop(0)
+    for first, error in _blocks(work, keep, factor, rules.high, rules):
+        squares = error.square()
+        while waiting and waiting[0] <= first + error.shape[1]:
+            found.append(loss + squares[:, : waiting.pop(0) - first].sum(dim=1))
+        loss += squares.sum(dim=1)
+    return torch.stack(found)
+
+
+def _blocks(work: Tensor, keep: Tensor, factor: Tensor, end: int, rules: _Rules):
+    """Sweep block after block in place: first column and errors [B, size, N] of each."""
+    k = work.shape[1]
+    for a in range(0, end, BLOCK):
+        b = min(a + BLOCK, k)
+        sweep_block = _replay_block if _repeats(work, a, b, rules) else _sweep_block
+        error = sweep_block(work[:, a:b], keep[:, a:b], factor[:, a:b, a:b], a, rules)
+        yield a, error
+        if b < k:
+            work[:, b:].baddbmm_(factor[:, a:b, b:].transpose(1, 2), error, alpha=-1)
 
 
 def _make_rules(weight, dense_start, sparse_start, mask, scale, coupled) -> _Rules:

@@ -22,7 +22,7 @@ from spense_kernels.errors import PruneError
 from spense_kernels.evaluate import logits_of
 from spense_kernels.prune.calibrate import LayerWalk, batch_size, overridden
 from spense_kernels.prune.groups import Group
-from spense_kernels.prune.hessian import accumulate, symmetrize, token_weights
+from spense_kernels.prune.hessian import Shelf, accumulate, symmetrize, token_weights
 
 CLIP = 20.0  # largest weight of a token over the median
 _LOGIT_ELEMENTS = 1 << 26  # logits held at a time
@@ -81,7 +81,8 @@ def collect_gradients(
         advance: called after each layer.
     """
     # Passes of several batches at once, where that takes less time.
-    size = batch * max(1, batch_size(calibration, device) // batch)
+    columns = model.get_input_embeddings().weight.shape[1]
+    size = batch * max(1, batch_size(calibration, columns, device) // batch)
     walk = LayerWalk(model, calibration, device, size)
     generator = None
     if labels == "model":
@@ -95,13 +96,13 @@ def collect_gradients(
         _head_gradient(model, walk, ids, hidden, stride, generator)
         for ids, hidden in zip(calibration.split(size), walk.hidden, strict=True)
     ]
-    found = Gradients(tokens=calibration.numel())
+    found, shelf = Gradients(tokens=calibration.numel()), Shelf(device)
     for index in reversed(range(len(walk.layers))):
         with walk.on_device(index) as layer:
             taps = _Taps(layer, groups[index], batch, power if hessians else None)
             for i, hidden in enumerate(inputs[index]):
                 grads[i] = _layer_gradient(walk, index, hidden, grads[i])
-            taps.finish(found, walk.name(index))
+            taps.finish(found, walk.name(index), shelf)
         inputs[index].clear()
         if advance is not None:
             advance()
@@ -132,8 +133,8 @@ class _Taps:
                 hook = self._hook(self._sums[name], group.norm_follows, power)
                 self._handles.append(layer.get_submodule(name).register_forward_hook(hook))
 
-    def finish(self, found: Gradients, prefix: str) -> None:
-        """Remove the hooks and put the results into `found`."""
+    def finish(self, found: Gradients, prefix: str, shelf: Shelf) -> None:
+        """Remove the hooks and put the results into `found`, Hessians by way of the shelf."""
         tiny = torch.finfo(torch.float32).tiny
         for handle in self._handles:
             handle.remove()
@@ -147,7 +148,7 @@ class _Taps:
             found.norm_mean[full] = float(sums.norm) / sums.tokens
             if isinstance(sums.hessian, Tensor):
                 weight = sums.weight.clamp_min(tiny)
-                found.hessians[full] = symmetrize(sums.hessian).div_(weight).cpu()
+                found.hessians[full] = shelf.put(symmetrize(sums.hessian).div_(weight))
                 energy = torch.cat(sums.energy) * (sums.later / weight)
                 found.energy[full] = nn.functional.pad(energy, (1, 0)).cpu()
 
@@ -162,7 +163,7 @@ class _Taps:
                 weight = g.mean(dim=-1)
                 sums.sinks.append(flat[:, 0].float() * weight[:, :1].sqrt())
                 later = weight[:, 1:]
-                share = self._kept_share(later)
+                share = _kept_share(later, self._batch)
                 sums.squares = sums.squares + (g[:, 1:] * share[..., None]).sum(dim=(0, 1))
                 sums.mass = sums.mass + (later * share).sum()
                 sums.tokens += weight.numel()
@@ -175,7 +176,7 @@ class _Taps:
                         k = rows.shape[1]
                         sums.hessian = torch.zeros(k, k, device=rows.device)
                     energy = later.pow(power)
-                    energy = energy * self._kept_share(energy)
+                    energy = energy * _kept_share(energy, self._batch)
                     accumulate(sums.hessian, rows, energy.reshape(-1))
                     sums.weight = sums.weight + energy.sum()
                     sums.energy.append(energy)
@@ -184,17 +185,21 @@ class _Taps:
 
         return forward_hook
 
-    def _kept_share(self, weight: Tensor) -> Tensor:
-        """What is left of each weight [S, L] when none may be above CLIP times the median of its
-        batch."""
-        return torch.cat([_kept_share(part) for part in weight.split(self._batch)])
 
+def _kept_share(weight: Tensor, batch: int) -> Tensor:
+    """What is left of each weight [S, L] when none may be above CLIP times the median of its batch.
 
-def _kept_share(weight: Tensor) -> Tensor:
-    # With a stride, most tokens of the last layer feel nothing.
-    median = torch.where(weight > 0, weight, torch.nan).nanmedian()
-    limit = CLIP * median.nan_to_num(0.0)
-    return torch.where(weight > limit, limit / weight.clamp_min(1e-45), 1.0)
+    The median is of weights above 0: with a stride, most tokens of the last layer feel nothing. It
+    comes from sorted rows, for torch.nanmedian makes the host wait for the GPU, thousands of times.
+    """
+    count, length = weight.shape
+    # Zeros do not count, so they fill up the last batch.
+    rows = nn.functional.pad(weight, (0, 0, 0, -count % batch)).view(-1, batch * length)
+    ascending = torch.where(rows > 0, rows, torch.inf).sort(dim=1).values
+    middle = ((rows > 0).sum(dim=1, keepdim=True) - 1).clamp_min(0) // 2
+    limit = CLIP * ascending.gather(1, middle)
+    share = torch.where(rows > limit, limit / rows.clamp_min(1e-45), 1.0)
+    return share.view(-1, length)[:count]
 
 
 def _layer_gradient(walk: LayerWalk, index: int, hidden: Tensor, grad: Tensor) -> Tensor:

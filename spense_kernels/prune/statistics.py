@@ -14,6 +14,7 @@ from spense_kernels.prune.calibrate import LayerWalk
 from spense_kernels.prune.clock import Clock
 from spense_kernels.prune.config import PruneConfig
 from spense_kernels.prune.groups import Group, decoder_layers
+from spense_kernels.prune.hessian import Shelf
 from spense_kernels.prune.sensitivity import Gradients, collect_gradients
 from spense_kernels.prune.store import tensor_digest, write_atomic
 
@@ -33,7 +34,8 @@ class Quiet:
 
 @dataclass
 class LayerStatistics:
-    """Groups of one decoder layer and H float32 [K, K] of each, by the group's name."""
+    """Groups of one decoder layer and H float32 [K, K] of each, by the group's name, on any
+    device."""
 
     groups: list[Group]
     hessians: dict[str, Tensor]
@@ -107,7 +109,7 @@ def collect_statistics(
     device="cpu",
     batch: int | None = None,
 ) -> Statistics:
-    """One forward pass of the dense model; Hessians of every group stay on the CPU.
+    """One forward pass of the dense model. Hessians wait on the CPU, on a GPU while they are small.
 
     Args:
         model: causal LM with decoder layers made of nn.Linear.
@@ -139,13 +141,13 @@ def _layers(
     model, calibration: Tensor, config: PruneConfig, progress, device, batch: int | None
 ) -> list[LayerStatistics]:
     walk = LayerWalk(model, calibration, device, batch)
-    layers = []
+    layers, shelf = [], Shelf(device)
     progress.start("calibrate", len(walk.layers))
     for index in range(len(walk.layers)):
         with walk.on_device(index):
             groups = walk.find_groups(index, config.skip)
             hessians = walk.hessians(index, groups, config.token_weighting)
-        layers.append(LayerStatistics(groups, {k: h.cpu() for k, h in hessians.items()}))
+        layers.append(LayerStatistics(groups, {k: shelf.put(h) for k, h in hessians.items()}))
         progress.advance()
     if config.modules:
         layers.append(LayerStatistics(*walk.outside(model, config.modules)))

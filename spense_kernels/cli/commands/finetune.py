@@ -47,6 +47,9 @@ def finetune(
     splice: Annotated[
         int, typer.Option(min=1, help="Put a window together from parts of that many.")
     ] = 1,
+    interpolation: Annotated[
+        float, typer.Option(help="The result lies there, from the pruned weights to the tuned.")
+    ] = 1.0,
     seed: Seed = 0,
     work_dir: Annotated[
         Path | None, typer.Option(help="Keep the state here, to go on after a kill.")
@@ -74,7 +77,7 @@ def finetune(
 
     config = FinetuneConfig(
         steps=steps, minutes=minutes, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed,
-        splice=splice,
+        splice=splice, interpolation=interpolation,
     )  # fmt: skip
     device = check_device(device)
     check_replaceable(new_directory(out, force))
