@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_prune_obs import loss, problem
 
+from spense_kernels.errors import PruneError
 from spense_kernels.prune.admm import newton_inverse, search_mask
 from spense_kernels.prune.blocks import blocks
 from spense_kernels.prune.compress import compress
@@ -147,3 +148,65 @@ def test_layers_together_search_alike():
     for one, both in zip(problems, together, strict=True):
         alone = run([one])[0].weights[0]
         assert (alone - both.weights[0]).norm() <= 1e-3 * alone.norm()
+
+
+def nearly_singular(share, strong=1, k=512):
+    """Weights, a Hessian that one direction of `strong` channels holds nearly all of, rounded as
+    sums of many tokens are (to a share of each entry), and it without rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, k, generator=generator) * 0.1
+    direction = torch.randn(k, generator=generator)
+    direction[strong:] = 0
+    x[::10] += 100 * direction + 5 * torch.randn(1, k, generator=generator)
+    exact = x.double().T @ x.double()
+    rounding = torch.rand(k, k, generator=generator, dtype=torch.float64).triu()
+    hessian = (exact * (1 - share * (rounding + rounding.triu(1).T))).float()
+    order = hessian.diagonal().argsort()
+    weight = torch.randn(48, k, generator=generator)
+    return weight, hessian[order][:, order], exact[order][:, order]
+
+
+def test_hessians_without_their_dense_columns_are_damped_until_they_are_positive_definite():
+    """Only those that need it, and as much as they need; the others stay as they were."""
+    _, hessian, _ = nearly_singular(2.0**-9, strong=8)
+    healthy = problem(k=512, tokens=2000)[1]
+    starts = torch.full((2, 48), 384)
+    (part,) = eliminated(torch.stack([healthy, hessian]), starts)
+    assert float(part.damping[0]) == pytest.approx(1e-4)
+    assert float(part.damping[1]) > 5e-4
+    (alone,) = eliminated(healthy[None], starts[:1])
+    assert alone.damping is None
+    torch.testing.assert_close(part.reduced[0], alone.reduced[0], rtol=1e-4, atol=1e-4)
+    diagonal = part.reduced.diagonal(dim1=-2, dim2=-1)
+    assert (diagonal > 0).all()
+    root = diagonal.double().sqrt()[:, None]
+    least = torch.linalg.eigvalsh(part.reduced.double() / root / root.transpose(1, 2))[:, 0]
+    assert (least > -0.1 - 1e-3).all()
+
+
+@pytest.mark.parametrize(("share", "strong"), [
+    (2.0**-9, 8), (2.0**-12, 1),  # no Cholesky factor of the dense columns
+    (2.0**-14, 1),  # a factor, but what is left of H without them is noise
+])  # fmt: skip
+def test_a_nearly_singular_hessian_is_pruned_and_the_solution_says_so(share, strong):
+    weight, hessian, exact = nearly_singular(share, strong)
+    task = Problem("p", [weight], hessian, [torch.tensor([128])])
+    config = PruneConfig(admm_steps=30, fp8=False)
+    solution = compress([task], config, [torch.Generator().manual_seed(0)])[0]
+    assert solution.refit_damping > 5e-4
+    assert torch.isfinite(solution.weights[0]).all()
+    plain = compress(
+        [task], config.replace(admm_steps=0, refit_steps=0), [torch.Generator().manual_seed(0)]
+    )[0]
+    assert plain.refit_damping == 0.0
+    # On the Hessian as it is without rounding: on the rounded one a loss can be negative.
+    lost = [loss(found.weights[0], weight, exact).sum() for found in (solution, plain)]
+    assert lost[0] < 1.05 * lost[1]  # what the refit could gain is less than the rounding
+
+
+def test_a_hopeless_hessian_is_an_error_of_its_name():
+    _, healthy = problem(k=32)
+    hopeless = healthy - 1e9 * torch.ones(32, 32) + 1e9 * torch.eye(32)
+    with pytest.raises(PruneError, match=r"layers\.3\.down: H without its last 8 columns"):
+        next(eliminated(torch.stack([healthy, hopeless]), torch.full((2, 4), 24),
+                        names=["layers.3.up", "layers.3.down"]))  # fmt: skip

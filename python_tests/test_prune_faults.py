@@ -13,7 +13,14 @@ from prune_models import Keep, make, pruned_tensors, quick, same
 
 from spense_kernels.errors import PruneError
 from spense_kernels.linear import SpenseLinear
-from spense_kernels.prune import PruneConfig, collect_statistics, driver, prune_model, shallow_clone
+from spense_kernels.prune import (
+    PruneConfig,
+    collect_statistics,
+    driver,
+    prune_model,
+    refit,
+    shallow_clone,
+)
 from spense_kernels.prune.groups import decoder_layers
 
 
@@ -106,6 +113,29 @@ def test_one_token_calibration_is_singular_but_works():
     report = prune_model(model, torch.tensor([[1, 2]]), quick())
     assert all(m.relative_error >= 0 for m in report.modules)
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_raised_damping_of_the_refit_is_noted(gemma, tokens, tmp_path, monkeypatch):
+    """And stays noted when finished layers are taken from the work_dir."""
+    real = refit.schur_complement
+    calls = []
+
+    def first_fails(hessian, start):
+        calls.append(start)
+        reduced, back, sound = real(hessian, start)
+        return reduced, back, sound & (len(calls) > 1)
+
+    monkeypatch.setattr(refit, "schur_complement", first_fails)
+    settings = quick(admm_steps=1, refit_steps=1)
+    for _ in range(2):
+        model = shallow_clone(gemma)
+        report = prune_model(model, tokens, settings, work_dir=tmp_path)
+        raised = [m.name for m in report.modules if m.refit_damping > 2e-4]
+        assert raised
+        assert all(m.refit_damping == pytest.approx(1e-3) for m in report.modules
+                   if m.name in raised)  # fmt: skip
+        noted = [note for note in report.notes if "damping of the refit raised to 0.001" in note]
+        assert [note.split(":")[0] for note in noted] == raised
 
 
 def test_biases_are_kept(tokens):

@@ -3,13 +3,14 @@
 
     python bench/quality/cold.py --device cuda --calibration 320 --validation 48
 
-Prints seconds by phase, and lines of the pruner where a sampling thread found it: those that the
-first run takes longer at, and those where the second one spends its time.
+Writes and prints seconds by phase, and prints lines of the pruner where a sampling thread found it:
+those that the first run takes longer at, and those where the second one spends its time.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from session import SENSITIVITY, add_options, open_session
 from targets import best
 
 from spense_kernels.prune import collect_statistics, prune_model, shallow_clone
+from spense_kernels.prune.store import write_atomic
 
 INTERVAL = 0.004  # seconds between two looks
 OWN = "spense_kernels/"
@@ -92,12 +94,19 @@ def once(session, options, seed: int) -> tuple[dict[str, float], Counter]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_options(parser, "cold.json")
+    add_options(parser, "bench/results/quality_cold.json")
     parser.add_argument("--fraction", type=float, default=0.25, help="dense")
     parser.add_argument("--lines", type=int, default=30, help="to print")
     options = parser.parse_args()
     session = open_session(options)
+    result = {key: session.results[key] for key in ("setup", "machine", "commit")}
     (cold, cold_lines), (warm, warm_lines) = (once(session, options, seed) for seed in (0, 1))
+    seconds = {
+        name: {key: round(value, 2) for key, value in found.items()}
+        for name, found in (("first", cold), ("second", warm))
+    }
+    result |= {"dense_fraction": options.fraction, "seconds": seconds}
+    write_atomic(options.out, (json.dumps(result, indent=1) + "\n").encode())
     print(f"{'phase':20} {'first':>7} {'second':>7}")
     for name, seconds in sorted(cold.items(), key=lambda x: -x[1]):
         print(f"{name:20} {seconds:7.2f} {warm.get(name, 0.0):7.2f}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of targets.py, baselines.py, second_family.py and layer_cost.py for docs/pruning.md."""
+"""What targets.py, cold.py, baselines.py, second_family.py and layer_cost.py found, for docs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ FILES = {
     "baselines": "quality_baselines.json",
     "second": "quality_second.json",
     "layer": "quality_layer.json",
+    "cold": "quality_cold.json",
 }
 # Rows of targets.py: the same with the seed left out are one line.
 _SEED = re.compile(r", seed \d+$")
@@ -116,10 +117,25 @@ def layer(result: dict) -> str:
     )
 
 
+def cold(result: dict) -> str:
+    """One sentence: a process's first prune and its second."""
+    first, second = (result["seconds"][name] for name in ("first", "second"))
+    return (
+        f"Statistics and a prune with `correct` at {result['dense_fraction']:.0%} dense, "
+        f"{result['setup']['calibration_windows']} windows: {first['all']:.1f} s for the first of "
+        f"a process (asked: 20), of them statistics {first['collect']:.1f}; {second['all']:.1f} s "
+        f"for the second (statistics {second['collect']:.1f}). Loading the model is not in it. "
+        f"{result['machine']['device']}, commit {result['commit']}, `python bench/quality/cold.py "
+        f"--device cuda --calibration 320 --validation 48`."
+    )
+
+
 def parts(folder: Path) -> dict[str, str]:
     """Text by marker; says so where a result file is not there."""
     found = {}
-    kinds = {"targets": targets, "baselines": baselines, "second": second, "layer": layer}
+    kinds = {
+        "targets": targets, "baselines": baselines, "second": second, "layer": layer, "cold": cold,
+    }  # fmt: skip
     for marker, make in kinds.items():
         path = folder / FILES[marker]
         found[marker] = MISSING

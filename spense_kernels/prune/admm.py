@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spense_kernels.prune.hessian import cholesky
+from spense_kernels.prune.hessian import cholesky, unit_diagonal
 from spense_kernels.prune.mask import top2_mask
 from spense_kernels.prune.refit import Part
 
-FIRST_PULL, LAST_PULL = 0.3, 2.0  # over the diagonal of H scaled to 1
+FIRST_PULL, LAST_PULL = 0.3, 2.0  # over the diagonal of H scaled to 1; above refit.MARGIN
 NEWTON_GROWTH = 1.5  # of the pull: at most 0.5^16 of an inverse is lost in four steps of Newton's
 NEWTON_COLUMNS = 2048  # of the largest matrix that, alone, is not factorised faster on a GPU
 PULL_STEPS = 5  # steps between two pulls; each new one costs an inverse
@@ -48,9 +48,7 @@ def search_mask(
 
 def _search(start: Tensor, target: Tensor, hessian: Tensor, steps: int) -> Tensor:
     """[B, N, S] at one dense start S."""
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    root = diagonal.clamp_min(torch.finfo(torch.float32).tiny).sqrt()[:, None]
-    scaled = hessian / root / root.transpose(1, 2)
+    scaled, root = unit_diagonal(hessian)
     cut = start * root
     goal = (target * root) @ scaled
     dual = torch.zeros_like(cut)  # multipliers over the pull

@@ -25,7 +25,7 @@ from spense_kernels.prune.order import (
     distinct_widths,
     gather_order,
 )
-from spense_kernels.prune.refit import Part, eliminated
+from spense_kernels.prune.refit import DAMPING, Part, eliminated
 from spense_kernels.prune.saliency import weight_saliency
 from spense_kernels.quant import weight_scale
 
@@ -41,6 +41,7 @@ class Solution:
         scales: float32 [N_i] each, or None without FP8.
         errors: tr(E H E^T) / tr(W H W^T) each.
         damping: what made H positive definite.
+        refit_damping: the same in refit and mask search; 0 without them.
     """
 
     k_perm: Tensor
@@ -48,6 +49,7 @@ class Solution:
     scales: list[Tensor] | None
     errors: list[float]
     damping: float
+    refit_damping: float
 
 
 def compress(
@@ -94,6 +96,7 @@ class _Job:
     done: bool
     pruned: Tensor
     scale: Tensor | None = None
+    refit_damping: float = 0.0
 
 
 def _start(problem: Problem, config: PruneConfig) -> _Job:
@@ -152,7 +155,8 @@ def _finish(job: _Job, config: PruneConfig) -> Solution:
         for e, s in zip(error.split(sizes), energy.split(sizes), strict=True)
     ]
     scales = None if job.scale is None else list(job.scale.split(sizes))
-    return Solution(job.k_perm.cpu(), list(job.pruned.split(sizes)), scales, ratios, job.damping)
+    weights, dampings = list(job.pruned.split(sizes)), (job.damping, job.refit_damping)
+    return Solution(job.k_perm.cpu(), weights, scales, ratios, *dampings)
 
 
 @dataclass
@@ -202,7 +206,12 @@ def _sweep_pieces(jobs, pieces, orders, starts, first: int, config: PruneConfig)
     target = torch.stack([jobs[p.index].dense[p.rows][:, orders[p.index]] for p in pieces])
     with phase("sweep"):
         swept = sweep(target, factor, start, sparse_start=first, coupled=config.mask == "pair")
-    weight, mask = _fit(swept.weight, target, swept.mask, hessian, start, config)
+    weight, mask, refit_dampings = _fit(
+        swept.weight, target, swept.mask, hessian, start, names, config
+    )
+    for piece, damping in zip(pieces, refit_dampings, strict=True):
+        job = jobs[piece.index]
+        job.refit_damping = max(job.refit_damping, damping)
     scale = None
     if config.fp8:
         scale = weight_scale(weight)
@@ -219,18 +228,23 @@ def _sweep_pieces(jobs, pieces, orders, starts, first: int, config: PruneConfig)
 
 
 def _fit(
-    weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, start: Tensor, config
-) -> tuple[Tensor, Tensor]:
-    """Refitted weights [B, N, K] and their mask: the sweep's, or a searched one that loses less."""
+    weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, start: Tensor, names, config
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Refitted weights [B, N, K], their mask (the sweep's, or a searched one that loses less), and
+    the damping of each matrix."""
     if not (config.admm_steps or config.refit_steps):
-        return weight, mask
+        return weight, mask, [0.0] * len(names)
+    used = [DAMPING] * len(names)
     out, kept = weight.clone(), mask.clone()
-    for part in eliminated(hessian, start):
+    for part in eliminated(hessian, start, names=names):
         block = part.block
         found, of_rows = _fit_part(part, *map(block.take, (weight, target, mask)), hessian, config)
         block.put(out, found)
         block.put(kept, of_rows)
-    return out, kept
+        if part.damping is not None:
+            for i, damping in zip(block.which.flatten().tolist(), part.damping, strict=True):
+                used[i] = max(used[i], float(damping))
+    return out, kept, used
 
 
 def _fit_part(part: Part, weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, config):

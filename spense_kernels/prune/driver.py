@@ -27,6 +27,7 @@ from spense_kernels.prune.plan import (
     staircase_plans,
     uniform_plan,
 )
+from spense_kernels.prune.refit import DAMPING
 from spense_kernels.prune.report import ModuleReport, PruneReport
 from spense_kernels.prune.sensitivity import Gradients
 from spense_kernels.prune.statistics import (
@@ -337,11 +338,17 @@ class _Run:
                     split.dense_fraction,
                     pruned.damping,
                     pruned.dead_inputs,
+                    pruned.refit_damping,
                 )
             )
             if pruned.damping > self.config.damping:
                 self.report.notes.append(
                     f"{full}: singular Hessian, damping raised to {pruned.damping:g}"
+                )
+            if pruned.refit_damping > DAMPING:
+                self.report.notes.append(
+                    f"{full}: nearly singular Hessian, damping of the refit raised to "
+                    f"{pruned.refit_damping:g}"
                 )
             if pruned.dead_inputs:
                 self.report.notes.append(f"{full}: {pruned.dead_inputs} dead inputs")

@@ -152,6 +152,27 @@ def cholesky(matrix: Tensor) -> Tensor:
     return torch.linalg.cholesky(matrix)
 
 
+def checked_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors as `cholesky` gives them of [B, K, K], and bool [B]: which are factors at all.
+
+    Nothing is raised and no device waited for.
+    """
+    if len(matrix) > 1 and matrix.shape[-1] > _BATCHED:
+        pairs = [torch.linalg.cholesky_ex(one) for one in matrix]
+        factor, info = (torch.stack(values) for values in zip(*pairs, strict=True))
+    else:
+        factor, info = torch.linalg.cholesky_ex(matrix)
+    finite = torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(dim=-1)
+    return factor, (info == 0) & finite
+
+
+def unit_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """D^-1/2 A D^-1/2 of A [B, K, K] with the diagonal D, and D^1/2 [B, 1, K]."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    root = diagonal.clamp_min(torch.finfo(torch.float32).tiny).sqrt()[:, None]
+    return matrix / root / root.transpose(1, 2), root
+
+
 def inverse_factor(hessian: Tensor) -> Tensor:
     """Upper triangular U with H^-1 = U^T U, for damped H [..., K, K].
 

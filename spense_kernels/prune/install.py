@@ -23,7 +23,7 @@ class PrunedModule:
         bias: [N] or None; rows in the order of weight.
         k_perm: int32 [k_shards, K / k_shards].
         dense_width: int64 [ceil(N / 128)].
-        error, damping, dead_inputs: see ModuleReport.
+        error, damping, dead_inputs, refit_damping: see ModuleReport.
     """
 
     weight: Tensor
@@ -34,6 +34,7 @@ class PrunedModule:
     error: float
     damping: float
     dead_inputs: int
+    refit_damping: float = 0.0
 
     @property
     def split(self) -> Split:

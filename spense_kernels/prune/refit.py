@@ -15,10 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spense_kernels.errors import PruneError
 from spense_kernels.prune.blocks import Block, blocks
-from spense_kernels.prune.hessian import cholesky
+from spense_kernels.prune.hessian import checked_cholesky, unit_diagonal
 
 DAMPING = 1e-4  # of H in refit and mask search
+ATTEMPTS = 6  # each with tenfold the damping of the one before
+MARGIN = 0.1  # over the unit diagonal: what rounding may have taken from an eigenvalue
 ROWS = 512  # rows in work at a time on the CPU, so that their five matrices stay in cache
 
 
@@ -30,11 +33,13 @@ class Part:
         block: the rows.
         reduced: float32 [b, S, S] Schur complement of H, of the matrices that have such rows.
         back: H_dd^-1 H_ds float32 [b, K - S, S]; None without dense columns.
+        damping: of each of the b matrices, where some needed more than was asked for; else None.
     """
 
     block: Block
     reduced: Tensor
     back: Tensor | None
+    damping: Tensor | None = None
 
     def refitted(self, weight: Tensor, target: Tensor, mask: Tensor, steps: int) -> Tensor:
         """[b, R, K] refitted, of the rows that `block.take` gives; 0 steps change nothing."""
@@ -56,20 +61,51 @@ class Part:
         return out
 
 
-def eliminated(hessian: Tensor, dense_start: Tensor, damping: float = DAMPING) -> Iterator[Part]:
+def eliminated(
+    hessian: Tensor,
+    dense_start: Tensor,
+    damping: float = DAMPING,
+    names: list[str] | None = None,
+) -> Iterator[Part]:
     """One part after another: large H leave no room for several.
+
+    Where a few directions hold nearly all of H, rounding of its sums is more than the damping, and
+    what is left of H without them comes out indefinite: such a matrix gets tenfold the damping, as
+    often as it takes.
 
     Args:
         hessian: float32 [B, K, K] without damping.
         dense_start: int64 [B, N] first dense column of every row.
         damping: added to diag(H), relative to its mean over live inputs.
+        names: of the matrices, for errors.
+
+    Raises PruneError for a matrix that ATTEMPTS of them leave indefinite.
     """
     full = ridged(hessian, damping)
     for block in blocks(dense_start):
         if block.start == 0:
             yield Part(block, full[:, :0, :0], None)
         else:
-            yield Part(block, *schur_complement(block.of(full), block.start))
+            yield _sound_part(block, full, hessian, damping, names)
+
+
+def _sound_part(block: Block, full: Tensor, hessian: Tensor, damping: float, names) -> Part:
+    """A part of `full`, or of H [B, K, K] damped anew in the matrices where that fails."""
+    reduced, back, sound = schur_complement(block.of(full), block.start)
+    if bool(sound.all()):
+        return Part(block, reduced, back)
+    used = torch.full((len(sound), 1), damping, device=hessian.device)
+    for _ in range(ATTEMPTS - 1):
+        used = torch.where(sound[:, None], used, 10.0 * used)
+        reduced, back, sound = schur_complement(ridged(block.of(hessian), used), block.start)
+        if bool(sound.all()):
+            return Part(block, reduced, back, used.flatten())
+    worst = int(block.which.flatten()[~sound][0])
+    raise PruneError(
+        f"prune: {names[worst] if names else f'matrix {worst}'}: H without its last "
+        f"{hessian.shape[-1] - block.start} columns stays indefinite with damping "
+        f"{float(used.max()):g}"
+    )
 
 
 def refit(
@@ -109,15 +145,25 @@ def refit(
     return out
 
 
-def schur_complement(hessian: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
-    """H_ss - H_sd H_dd^-1 H_ds [B, start, start], and H_dd^-1 H_ds (None without dense columns)."""
+def schur_complement(hessian: Tensor, start: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """H_ss - H_sd H_dd^-1 H_ds [B, start, start], H_dd^-1 H_ds (None without dense columns), and
+    bool [B]: which of them are positive definite up to MARGIN. The others mean nothing."""
     if start == hessian.shape[-1]:
-        return hessian, None
+        return hessian, None, _nearly_definite(hessian)
     sparse, dense = slice(0, start), slice(start, None)
-    lower = cholesky(hessian[:, dense, dense])
+    lower, sound = checked_cholesky(hessian[:, dense, dense])
     back = torch.cholesky_solve(hessian[:, dense, sparse], lower)
     reduced = hessian[:, sparse, sparse] - hessian[:, sparse, dense] @ back
-    return 0.5 * (reduced + reduced.transpose(1, 2)), back
+    reduced = 0.5 * (reduced + reduced.transpose(1, 2))
+    return reduced, back, sound & _nearly_definite(reduced)
+
+
+def _nearly_definite(matrix: Tensor) -> Tensor:
+    """bool [B]: whose eigenvalues, the diagonal scaled to 1, are above -MARGIN."""
+    scaled, _ = unit_diagonal(matrix)
+    scaled.diagonal(dim1=-2, dim2=-1).add_(MARGIN)
+    positive = (matrix.diagonal(dim1=-2, dim2=-1) > 0).all(dim=-1)
+    return checked_cholesky(scaled)[1] & positive
 
 
 def _conjugate_gradients(weight, target, mask, hessian, steps: int) -> Tensor:
@@ -143,8 +189,11 @@ def _conjugate_gradients(weight, target, mask, hessian, steps: int) -> Tensor:
     return value
 
 
-def ridged(hessian: Tensor, damping: float) -> Tensor:
-    """H [..., K, K] with damping * mean(diag H) over live inputs on the diagonal (a copy)."""
+def ridged(hessian: Tensor, damping: float | Tensor) -> Tensor:
+    """H [..., K, K] with damping * mean(diag H) over live inputs on the diagonal (a copy).
+
+    The damping is one number or [..., 1], one a matrix.
+    """
     out = hessian.clone()
     diagonal = out.diagonal(dim1=-2, dim2=-1)
     live = (diagonal > 0).sum(dim=-1, keepdim=True).clamp_min(1)

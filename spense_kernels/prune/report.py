@@ -21,6 +21,7 @@ class ModuleReport:
         dense_fraction: logical share of dense weights.
         damping: relative damping that made H positive definite.
         dead_inputs: inputs that were zero in every calibration token.
+        refit_damping: relative damping of H in refit and mask search; 0 without them.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ModuleReport:
     dense_fraction: float
     damping: float
     dead_inputs: int = 0
+    refit_damping: float = 0.0
 
     @property
     def logical_bytes(self) -> float:

@@ -53,6 +53,7 @@ class Task:
                 solution.errors[i],
                 solution.damping,
                 dead,
+                solution.refit_damping,
             )
 
 
