@@ -159,11 +159,11 @@ PAGES = {
     "docs/performance.md": {
         "h100": (RESULTS / "gemm_h100.json", tables.full_tables),
         "beside": (RESULTS / "gemm_h200.json", beside_h100),
-        "h200": (RESULTS / "gemm_h200.json", tables.full_tables),
         "unseen": (RESULTS / "configs_unseen_h100.json", regret_table),
         "smooth": (RESULTS / "configs_smooth_h100.json", regret_table),
         "decode": (RESULTS / "decode.json", decode_table),
     },
+    "docs/performance-h200.md": {"h200": (RESULTS / "gemm_h200.json", tables.full_tables)},
     "docs/transformers.md": {
         "neighbours": (RESULTS / "neighbours_h100.json", neighbours_table),
     },

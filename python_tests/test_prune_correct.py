@@ -204,7 +204,7 @@ def test_all_tokens_in_a_batch_take_one_pass(gemma, tokens, monkeypatch):
 def test_on_cuda_one_pass_loses_what_batches_do(tokens):
     """By default all tokens are in one pass there, and small Hessians stay."""
     model = make("gemma3").to(torch.bfloat16).cuda()
-    config = quick(correct=True, gradient_share=1.0, sensitivity_stride=1, **STAIRCASE)
+    config = quick(correct=True, gradient_share=1.0, **STAIRCASE)
     config = config.replace(sensitivity_sequences=len(tokens))
     found = []
     for batch in (None, 2):
