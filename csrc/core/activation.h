@@ -7,8 +7,8 @@
 //   gelu erf   max(g, 0) - |g| Phi(-|g|), with
 //              Phi(-|g|) = 2^(-log2(e) / 2 g^2) r q(r), r = 1 / (|g| + kTailShift)
 //
-// q is a fit of Phi(-a) e^(a^2 / 2) / r for a in [0, 14.5], where the power of two vanishes: relative
-// error below 4.2e-6, a seventh of what is allowed.
+// q is a fit of Phi(-a) e^(a^2 / 2) / r for a in [0, 14.5], where the power of two vanishes:
+// relative error below 4.2e-6, a seventh of what is allowed.
 #pragma once
 
 namespace spense {
