@@ -13,7 +13,7 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench"
 KERNEL = (
     "void spense::sm90::hybrid_gemm<spense::sm90::Traits<(int)1, (int)16, (int)1, (int)1, (int)8, "
-    "(int)26, (bool)1>>(spense::sm90::Params)"
+    "(int)13, (int)2, (bool)1>>(spense::sm90::Params)"
 )
 COLUMNS = [
     "gpu__time_duration.sum",
@@ -100,7 +100,7 @@ def test_launches_belong_to_points():
     assert [launch["ns"] for launch in found] == [10000, 5000, 5000]
     points = [counters.Point("qwen3-32b.o", 1, 0.25, True)]
     (entry,) = counters.by_point(points, found)
-    assert entry["ours"]["config"] == "t128x16_c1k1_s8x26"
+    assert entry["ours"]["config"] == "t128x16_c1k1_s8x13"
     assert [launch["kernel"] for launch in entry["cublas"]] == ["nvjet_qqtst", "splitK_reduce"]
 
 
@@ -145,6 +145,6 @@ def test_a_run_and_its_table(monkeypatch, tmp_path, capsys):
     assert len(lines) == 5
     assert lines[2] == (
         "| qwen3-32b.o | 1 | 1.35 x cuBLASLt | **1.250** | 12.0 | 50% | 10.0 "
-        "| t128x16_c1k1_s8x26 | 30% | 50% | 55% | 85% | 80% | 10% | 10.0 | 20% | 25% | DRAM |"
+        "| t128x16_c1k1_s8x13 | 30% | 50% | 55% | 85% | 80% | 10% | 10.0 | 20% | 25% | DRAM |"
     )
     assert "at 1.50 to 1.50 GHz" in lines[-1]
