@@ -195,9 +195,16 @@ def test_all_tokens_in_a_batch_take_one_pass(gemma, tokens, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(Corrector, "_in_one_pass", None)
     apart = pruned_tensors(gemma, tokens, config, batch=2)
-    for (name, field, a), (*_, b) in zip(together.tensors(), apart.tensors(), strict=True):
-        if field == "error":
-            assert a == pytest.approx(b, rel=0.02), name
+    errors = [
+        (name, a, b)
+        for (name, field, a), (*_, b) in zip(together.tensors(), apart.tensors(), strict=True)
+        if field == "error"
+    ]
+    # Sums in another order let single groups keep other weights.
+    for name, a, b in errors:
+        assert a == pytest.approx(b, rel=0.04), name
+    of_all = (sum(e[i] for e in errors) for i in (1, 2))
+    assert next(of_all) == pytest.approx(next(of_all), rel=0.01)
 
 
 @pytest.mark.gpu
