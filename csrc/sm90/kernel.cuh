@@ -124,7 +124,6 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
   Multiplier<T> multiplier(smem, warpgroup, split * T::kClusterRows);
   const Combiner<T> combiner(p, smem, cluster, row, warpgroup);
   const Exchange<T> exchange(p, smem, cluster, row, split, warpgroup);
-  constexpr int kHalfSlot = T::kXStageBytes / 2, kStaging = 2 * heuristics::kStagedBytes;
   float sums[T::kParts][T::kSums];
   while (true) {
     jobs.wait();
@@ -147,8 +146,8 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
                    p.schedule.k_blocks);
     const Job job = jobs.read();  // again, so that it takes no registers meanwhile
     done(jobs);
-    const uint32_t staging = T::kStagedInSlot ? multiplier.lent_slot() + warpgroup * kHalfSlot
-                                              : smem + T::kStaging + warpgroup * kStaging;
+    const uint32_t staging = (T::kStagedInSlot ? multiplier.lent_slot() : smem + T::kStaging) +
+                             warpgroup * T::kStagingBytes;
     const auto store = [&](auto& finished) {
 #pragma unroll
       for (int part = 0; part < T::kParts; ++part) {

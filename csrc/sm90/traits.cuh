@@ -83,6 +83,9 @@ struct Traits {
   static constexpr int kStoreTokens = heuristics::store_tokens(kConfig);
   static constexpr bool kStagedInSlot = heuristics::staged_in_slot(kConfig);
   static constexpr int kPieces = kStagedInSlot ? heuristics::slot_pieces(kConfig) : 2;
+  static constexpr int kStagingBytes =  // of a consumer warpgroup
+      kStagedInSlot ? kXStageBytes / heuristics::kConsumerWarpgroups
+                    : kPieces * heuristics::kStagedBytes;
   static constexpr int kStaging = kXRing + kXStages * kXStageBytes;
   static constexpr int kWFull = kStaging + heuristics::staging_bytes(kConfig);
   static constexpr int kWEmpty = kWFull + 8 * kWSlots;
