@@ -21,6 +21,9 @@ from spense_kernels.format import Split
 from spense_kernels.layout import ceil_div
 
 BF16 = torch.bfloat16
+# cuSPARSELt's part is a multiple of so many columns. Of 4480 (an odd multiple of 128) it died with
+# an illegal access; everything else that was ever timed was a multiple of 256.
+SPARSE_COLUMNS = 256
 
 
 class Spense:
@@ -181,6 +184,11 @@ class CusparseLt:
         if not usable(self.device):
             raise DeviceLost([f"{self.shape}:{choice[0]}"])
         return why
+
+
+def sparse_columns(split: Split) -> int:
+    """Columns of two libraries' sparse part, for one dense width in every tile."""
+    return round((split.k - split.widths[0]) / SPARSE_COLUMNS) * SPARSE_COLUMNS
 
 
 class TwoLibrary:
