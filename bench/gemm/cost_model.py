@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ class Config:
         return max(1, multiprocessors // size * (10 if size > 2 else 11) // 11)
 
 
+@cache
 def instances() -> dict[str, Config]:
     return {name: Config(*numbers[:4]) for name, numbers in kernels.instances().items()}
 
