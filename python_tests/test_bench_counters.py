@@ -15,6 +15,7 @@ KERNEL = (
     "void spense::sm90::hybrid_gemm<spense::sm90::Traits<(int)1, (int)16, (int)1, (int)1, (int)8, "
     "(int)13, (int)2, (bool)1>>(spense::sm90::Params)"
 )
+NVJET = "nvjet_sm90_qqtst_80x64_128x11_1x2_h_bz_TNN"
 COLUMNS = [
     "gpu__time_duration.sum",
     "sm__cycles_elapsed.max",
@@ -47,7 +48,7 @@ def log() -> str:
     head = ",".join(f'"{word}"' for word in ("ID", "Process ID", "Kernel Name", *COLUMNS))
     units = ",".join('""' for _ in range(3 + len(COLUMNS)))
     rival = [5000.0, 7500.0, 1.5e9, 7000.0, 20.0, 64 * 7500 * 132 // 4, 10, 10, 30.0, 40.0]
-    rows = [(KERNEL, OURS), ("nvjet_qqtst", rival), ("splitK_reduce", rival)]
+    rows = [(KERNEL, OURS), (NVJET, rival), ("splitK_reduce", rival)]
     lines = ["==PROF== Connected", head, units, *(csv_row(i, *r) for i, r in enumerate(rows))]
     return "\n".join([*lines, "==PROF== Disconnected", ""])
 
@@ -120,7 +121,7 @@ def test_launches_belong_to_points():
     points = [counters.Point("qwen3-32b.o", 1, d, "cublas_row") for d in (0.25, 1.0)]
     (entry,) = counters.by_point(points[:1], found)
     assert entry["ours"]["config"] == "t128x16_c1k1_s8x13"
-    assert [launch["kernel"] for launch in entry["theirs"]] == ["nvjet_qqtst", "splitK_reduce"]
+    assert [launch["kernel"] for launch in entry["theirs"]] == [NVJET, "splitK_reduce"]
     with pytest.raises(ValueError, match="expected 2 launches of hybrid_gemm, got 1"):
         counters.by_point(points, found)
     sparse, dense = counters.by_point(points, [*found, found[0] | {"ns": 11000.0}])
@@ -170,10 +171,11 @@ def test_a_run_and_its_table(monkeypatch, tmp_path, capsys):
     swept = "| qwen3-32b.o | 1 | 25% | 1.35 x cuBLASLt | **1.250** | 12.0 | 50% |"
     assert lines[2] == (
         f"{swept} 10.0 | t128x16_c1k1_s8x13 "
-        "| 30% | 50% | 55% | 85% | 80% | 10% | 10.0 | 20% | 25% | DRAM |"
+        "| 30% | 50% | 55% | 85% | 80% | 10% | 10.0 | 20% | 25% | 80x64_128x11 + splitK_reduce "
+        "| DRAM |"
     )
     assert "at 1.50 to 1.50 GHz" in lines[-1]
     assert "Not counted" not in lines[-1]
     lines = counter_table.table(counted | {"points": []}, sweep()).splitlines()
-    assert lines[2] == swept + "  |" * 12
-    assert "Not counted for want of time: 1 of 1 layers." in lines[-1]
+    assert lines[2] == swept + "  |" * 13
+    assert "Not counted in that run: 1 of 1 layers." in lines[-1]

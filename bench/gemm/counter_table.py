@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from gemm.counters import missed_points
@@ -12,7 +13,9 @@ from gemm.targets import checks_of
 
 PORT_BYTES = 64  # a cycle and multiprocessor, from L2
 BINDS, LEANS = 0.8, 0.6  # share of a unit from which it binds, or is what comes nearest to it
+MAIN = ("x cuBLASLt", "x cuSPARSELt")  # targets that are told where they are met, too
 CUT, IDLE = 0.2, 0.8  # share of the fix-up in L2 bytes, of the time that multiprocessors are busy
+KERNEL_LETTERS = 24  # of a name of another kind
 TITLES = {"tensor": "tensor cores", "port": "SM's port", "l2": "L2", "dram": "DRAM"}
 
 
@@ -73,7 +76,8 @@ def together(launches: list[dict], multiprocessors: int) -> Shares:
 def table(counted: dict, sweep: dict) -> str:
     """A row for every layer that misses a target, alone or in its model's sum, and for each sum.
 
-    Those without counters, which a run's time left out, have the sweep's columns alone.
+    Those without counters, as a run's time left them out or they were met when it was made, have
+    the sweep's columns alone.
     """
     run = counted["run"]
     multiprocessors = run["device"]["multiprocessors"]
@@ -82,7 +86,7 @@ def table(counted: dict, sweep: dict) -> str:
     wanted = {(p.layer, p.m, p.dense) for p in missed_points(sweep["points"])}
     head = ["layer", "M", "dense", "asked", "reached", "us in a chain", "of floor", "us alone"]
     head += ["config", *TITLES.values(), "SMs busy", "fix-up", "rival alone, us"]
-    head += ["its tensor cores", "its port", "what binds"]
+    head += ["its tensor cores", "its port", "its kernel", "what binds"]
     lines = [row(head), row(["---"] * len(head))]
     keys = sorted({(dense, m, layer.partition(".")[0]) for layer, m, dense in wanted})
     shown, used = [], {swept[key]["run"] for key in wanted}
@@ -106,8 +110,9 @@ def table(counted: dict, sweep: dict) -> str:
         f"chain are the sweep's. The port can take {PORT_BYTES} bytes a cycle and multiprocessor; "
         "fix-up is twice what multiprocessors write beyond y, of all bytes at L2. A unit binds "
         f"from {BINDS:.0%} on and comes nearest to it from {LEANS:.0%}. The rival is cuBLASLt, at "
-        "0 % dense cuSPARSELt. "
-        + (f"Not counted for want of time: {left} of {len(wanted)} layers. " if left else "")
+        "0 % dense cuSPARSELt; its kernels are named by tile, K of a step and steps of the "
+        "ring. "
+        + (f"Not counted in that run: {left} of {len(wanted)} layers. " if left else "")
         + (run_line(sweep, used) if used else ""),
     ]
     return "\n".join(lines)
@@ -119,7 +124,7 @@ def _line(head: list[str], cells: list[str]) -> str:
 
 def _asked(point: dict) -> list[str]:
     """Where; what is asked and reached, missed ones bold; the time and its share of the floor."""
-    found = [c for c in checks_of(point) if c.what == "x cuBLASLt" or not c.met]
+    found = [c for c in checks_of(point) if c.what in MAIN or not c.met]
     us = point["times"]["spense"]["us"]
     least = ", ".join(f"{c.least:.2f} {c.what}" for c in found)
     got = ", ".join(f"{c.got:.3f}" if c.met else f"**{c.got:.3f}**" for c in found)
@@ -137,8 +142,15 @@ def _counted(entry: dict, point: dict, multiprocessors: int) -> list[str]:
         *(_percent(ours.busy), _percent(ours.fixup)),
         f"{rival.us:.1f}" if rival.us else "",
         *(_percent(rival.units.get(name)) for name in ("tensor", "port")),
+        " + ".join(_short(launch["kernel"]) for launch in entry["theirs"]),
         ours.binding(),
     ]
+
+
+def _short(kernel: str) -> str:
+    """cuBLASLt's tile and ring, 168x128_128x5 of nvjet_sm90_qqtst_168x128_128x5_1x2_h_bz_TNN."""
+    found = re.search(r"_(\d+x\d+_\d+x\d+)_", kernel)
+    return found[1] if found else kernel[:KERNEL_LETTERS]
 
 
 def _percent(share: float | None) -> str:
