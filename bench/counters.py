@@ -52,7 +52,8 @@ class Work:
         for number, point in enumerate(points):
             if time.perf_counter() - start > budget_s:
                 print(f"--budget-s: left out {len(points) - number} points:")
-                print(*(f"  {p.layer}, M = {p.m}, {p.dense:.3g} dense" for p in points[number:]))
+                for left in points[number:]:
+                    print(f"  {left.layer}, M = {left.m}, {left.dense:.3g} dense")
                 return
             self._counted_call(self._spense(point).calls(point.m)[0])
             yield point

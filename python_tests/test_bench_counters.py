@@ -101,6 +101,16 @@ def test_what_says_most_comes_first():
     ]
 
 
+def test_no_point_starts_after_its_time(capsys):
+    import torch
+    from counters import Work
+    from gemm import counters
+
+    point = counters.Point("qwen3-32b.o", 1, 0.25, "cublas_row")
+    assert list(Work(torch.device("cpu"), []).launch([point, point], budget_s=-1)) == []
+    assert "left out 2 points:\n  qwen3-32b.o, M = 1, 0.25 dense" in capsys.readouterr().out
+
+
 def test_counters_that_ncu_lacks_are_left_out():
     from gemm import counters
 
