@@ -269,6 +269,17 @@ def test_the_newest_points_stay(tmp_path):
         assert {run["created"] for run in data["runs"]} == {"2026-01-02", "2026-01-03"}
 
 
+def test_splits_fill_the_gpu_and_no_more():
+    """64 pairs cut in four are two programs a multiprocessor; chunks are equal and long enough."""
+    assert attention.worthwhile_splits(1024, 64) == [2, 4]
+    assert attention.worthwhile_splits(1024, 128) == [1, 2]
+    assert attention.worthwhile_splits(1024, 512) == [1]
+    assert attention.worthwhile_splits(1024, 8) == [4, 8]
+    assert attention.worthwhile_splits(8192, 8) == [16, 32]
+    assert attention.worthwhile_splits(1023, 8) == [1]
+    assert attention.worthwhile_splits(8, 1) == [1]
+
+
 def test_the_attention_of_the_fastest_step_is_taken(monkeypatch):
     """Not the fastest alone; one that is far slower alone is not tried."""
     ran = []

@@ -25,6 +25,7 @@ TRIED_IN_A_STEP = 5
 NEARLY = 1.35  # of the fastest alone, in time
 SPLITS = (1, 2, 4, 8, 16, 32)
 LEAST_CHUNK = 128  # places of the cache that are worth a program
+PROGRAMS = 264  # two on every SM of an H100: splits for more are slower
 
 
 @cache
@@ -50,9 +51,12 @@ def widened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def candidates(
-    device: torch.device, fp8: bool, causal: bool, context: int = 0
+    device: torch.device, fp8: bool, causal: bool, context: int = 0, pairs: int = 1
 ) -> dict[str, Attention]:
-    """Name and function of what may run; `context` is what our own kernel cuts into chunks."""
+    """Name and function of what may run.
+
+    `context` is what our own kernel cuts into chunks, for each of `pairs`: batch * kv_heads.
+    """
     if device.type == "cpu":
         if causal:
             return {"math": partial(sdpa, SDPBackend.MATH, True)}
@@ -60,15 +64,20 @@ def candidates(
     found: dict[str, Attention] = {}
     if not causal:
         own = own_kernels("split_kv")
-        for splits in SPLITS if own else ():
-            if splits == 1 or (context % splits == 0 and context // splits >= LEAST_CHUNK):
-                for tile in own.TILES[fp8]:
-                    name = f"triton, {splits} splits, {tile}"
-                    found[name] = partial(own.attend, splits, tile)
+        for splits in worthwhile_splits(context, pairs) if own else ():
+            for tile in own.TILES[fp8]:
+                name = f"triton, {splits} splits, {tile}"
+                found[name] = partial(own.attend, splits, tile)
     if not fp8:
         found["flash"] = partial(sdpa, SDPBackend.FLASH_ATTENTION, causal)
         found["cudnn"] = partial(sdpa, SDPBackend.CUDNN_ATTENTION, causal)
     return found
+
+
+def worthwhile_splits(context: int, pairs: int) -> list[int]:
+    """The two that fill the GPU best; 1 where the pairs alone do, or where chunks get too short."""
+    most = min(context // LEAST_CHUNK, PROGRAMS // pairs)
+    return [n for n in SPLITS if context % n == 0 and n <= most][-2:] or [1]
 
 
 @cache
@@ -98,7 +107,8 @@ def fastest(
         step_with: a step, or some layers of one, with this attention.
     """
     keys = memory[0][0]
-    options = candidates(q.device, keys.dtype != q.dtype, causal, keys.shape[2])
+    pairs = keys.shape[0] * keys.shape[1]
+    options = candidates(q.device, keys.dtype != q.dtype, causal, keys.shape[2], pairs)
     faults: list[str] = []
     recordings = _recordings(recorder, options, q, memory, faults)
     if not recordings and not causal and q.device.type == "cuda":

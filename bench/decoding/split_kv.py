@@ -17,28 +17,22 @@ from decoding.kernels import NATIVE, launch, wait
 ROWS = 16  # query heads of a tile, the least that tensor cores take
 LOG2_E = math.log2(math.e)
 LOWEST = tl.constexpr(-1e30)  # a score of nothing; finite, so that differences are numbers
-AHEAD_BYTES = 16 << 20  # of a cache, brought into a third of the L2 of an H100
-PROGRAMS = 264  # of `attend`, that run at once on an H100
+AHEAD_BYTES = 64 << 10  # of keys and values, brought into L2 by a program that waits
 
 
 class Tile(NamedTuple):
-    """How `attend` goes through the cache: places a step of the loop, warps, steps under way.
+    """How `attend` goes through the cache: places a step of the loop, warps, steps under way."""
 
-    With `stream` it also brings what comes later into L2, always equally far ahead.
-    """
-
-    block: int = 64
-    warps: int = 4
-    stages: int = 4
-    stream: bool = False
+    block: int
+    warps: int
+    stages: int
 
     def __str__(self) -> str:
-        stream = ", streamed" if self.stream else ""
-        return f"{self.block} places, {self.warps} warps, {self.stages} stages{stream}"
+        return f"{self.block} places, {self.warps} warps, {self.stages} stages"
 
 
-# FP8 or not -> what is worth a try.
-TILES = {False: (Tile(), Tile(32, 2, 3)), True: (Tile(), Tile(128, 8, 3))}
+# FP8 or not -> what was fastest on an H100, with fewer programs than it has SMs and with more.
+TILES = {False: (Tile(64, 4, 5), Tile(128, 8, 3)), True: (Tile(128, 8, 4), Tile(128, 4, 3))}
 
 
 @triton.jit
@@ -109,7 +103,6 @@ def _attend_kernel(
     WARPS: tl.constexpr,
     DIM: tl.constexpr,
     WHOLE: tl.constexpr,
-    STREAM: tl.constexpr,
     PAIRED: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
@@ -149,11 +142,6 @@ def _attend_kernel(
     mixed = tl.zeros((WARPS, ROWS, WORDS), tl.float32)
     mixed_high = tl.zeros((WARPS, ROWS, WORDS), tl.float32)
     for start in range(first, last, BLOCK):
-        if STREAM:
-            further = start - first + ahead
-            if first + further + BLOCK <= last:
-                _bring_closer(keys + further * DIM, BLOCK * DIM, BYTES)
-                _bring_closer(values + further * WORDS, BLOCK * WORDS, DIM // WORDS * BYTES)
         if WHOLE:
             k, v = tl.load(at_k), tl.load(at_v)
             score = tl.dot(query, tl.permute(k, (0, 2, 1)).to(FACTOR)) * scale
@@ -283,8 +271,8 @@ def attend(
 
     q bf16 [batch, heads, 1, head_dim], contiguous; keys and values [batch, kv_heads, context,
     head_dim] in bf16 or float8_e4m3fn, contiguous. Returns bf16 [batch, heads, 1, head_dim].
-    Before a first call is recorded in a graph it has to run once. `ahead`: of the cache, in bytes,
-    what is brought into L2 before the kernel ahead is done.
+    Before a first call is recorded in a graph it has to run once. `ahead`: bytes of its keys and
+    values that each chunk's program brings into L2 before the kernel ahead is done.
     """
     batch, kv_heads, context, dim = keys.shape
     heads = q.shape[1]
@@ -302,10 +290,9 @@ def attend(
     paired = NATIVE and values.dtype == torch.float8_e4m3fn
     if paired:
         values = values.view(torch.int16)
-    at_once = min(pairs * splits, PROGRAMS)
     _attend_kernel[(pairs, splits)](
         *(q, keys, values, out, parts, sums, arrivals, context, chunk, group),
-        min(chunk, ahead // (2 * dim * keys.itemsize * at_once)),
+        min(chunk, ahead // (2 * dim * keys.itemsize)),
         LOG2_E / math.sqrt(dim),
         SPLIT=split,
         ROWS=ROWS,
@@ -313,7 +300,6 @@ def attend(
         WARPS=tile.warps,
         DIM=dim,
         WHOLE=chunk % tile.block == 0,
-        STREAM=NATIVE and tile.stream,
         PAIRED=paired,
         **launch(num_warps=tile.warps, num_stages=tile.stages),
     )
