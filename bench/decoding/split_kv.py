@@ -195,16 +195,15 @@ def _attend_kernel(
 
 @triton.jit
 def _over_warps(x, WARPS: tl.constexpr):
-    """Sum of x [WARPS, rows, columns] over the first; adds numbers that one thread has."""
+    """Sum of x [WARPS (4 or 8), rows, columns] over the first; adds numbers that one thread has."""
     x = tl.permute(x, (1, 2, 0))
     ROWS: tl.constexpr = x.shape[0]
     COLUMNS: tl.constexpr = x.shape[1]
     if WARPS == 8:
         low, high = tl.split(tl.reshape(x, (ROWS, COLUMNS, 4, 2)))
         x = low + high
-    if WARPS >= 4:
-        low, high = tl.split(tl.reshape(x, (ROWS, COLUMNS, 2, 2)))
-        x = low + high
+    low, high = tl.split(tl.reshape(x, (ROWS, COLUMNS, 2, 2)))
+    x = low + high
     low, high = tl.split(tl.reshape(x, (ROWS, COLUMNS, 2)))
     return low + high
 
