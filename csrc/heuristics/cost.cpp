@@ -28,15 +28,15 @@ constexpr size_t kInstances = 0
 static_assert(std::size(kCosts) == kInstances, "every instance has its costs");
 
 // Of the device, by the same fit: the rates that its limits seem to have in this formula.
-constexpr double kDramBytesPerUs = 3.194e6, kL2BytesPerUs = 14.739e6, kLaunchUs = 1.140;
-constexpr double kStreamLaunch = 1.385;  // a stream-K launch against another
-constexpr double kExponent = 2.144;      // how the limits add up: 1 would be one after another
+constexpr double kDramBytesPerUs = 3.194e6, kL2BytesPerUs = 14.739e6, kLaunchUs = 1.029;
+constexpr double kStreamLaunch = 1.455;  // a stream-K launch against another
+constexpr double kExponent = 2.126;      // how the limits add up: 1 would be one after another
 constexpr double kL2Bytes = 40e6, kReread = 0.050;  // cut tiles read again what L2 does not hold
 // Of a unit's time, where a tile holds none of the tokens that it could: it copies fewer rows of x.
-constexpr double kEmpty = 0.061;
+constexpr double kEmpty = 0.062;
 constexpr double kSpread = 0.071;  // of the time: how much earlier than the last the first CTAs end
 // For each CTA that a cluster waits for beside itself, where several clusters read a weight.
-constexpr double kCompany = 0.049;
+constexpr double kCompany = 0.050;
 
 const Cost& cost(const GemmConfig& config) {
   return *std::find_if(std::begin(kCosts), std::end(kCosts),
