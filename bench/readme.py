@@ -156,12 +156,12 @@ PAGES = {
         "quality": (RESULTS / "quality_targets.json", quality_table),
         "gemm": (RESULTS / "gemm_h100.json", gemm_table),
     },
+    "docs/decoding.md": {"decode": (RESULTS / "decode.json", decode_table)},
     "docs/performance.md": {
         "h100": (RESULTS / "gemm_h100.json", tables.full_tables),
         "beside": (RESULTS / "gemm_h200.json", beside_h100),
         "unseen": (RESULTS / "configs_unseen_h100.json", regret_table),
         "smooth": (RESULTS / "configs_smooth_h100.json", regret_table),
-        "decode": (RESULTS / "decode.json", decode_table),
     },
     "docs/performance-h200.md": {"h200": (RESULTS / "gemm_h200.json", tables.full_tables)},
     "docs/transformers.md": {
