@@ -10,7 +10,8 @@ from pathlib import Path
 FILES = {
     "targets": "quality_targets.json",
     "baselines": "quality_baselines.json",
-    "second": "quality_second.json",
+    "second": "quality_second_27m.json",
+    "second-small": "quality_second.json",
     "layer": "quality_layer.json",
     "cold": "quality_cold.json",
 }
@@ -134,7 +135,8 @@ def parts(folder: Path) -> dict[str, str]:
     """Text by marker; says so where a result file is not there."""
     found = {}
     kinds = {
-        "targets": targets, "baselines": baselines, "second": second, "layer": layer, "cold": cold,
+        "targets": targets, "baselines": baselines, "second": second, "second-small": second,
+        "layer": layer, "cold": cold,
     }  # fmt: skip
     for marker, make in kinds.items():
         path = folder / FILES[marker]

@@ -253,7 +253,7 @@ def plan(options) -> dict[str, PruneConfig]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("bench/results/quality_second.json"))
+    parser.add_argument("--out", type=Path, default=Path("bench/results/quality_second_27m.json"))
     parser.add_argument("--cache", type=Path, default=Path(".cache/quality"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--family", choices=("llama", "qwen3"), default="llama")
