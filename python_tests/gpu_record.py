@@ -2,11 +2,11 @@
 """Writes the record of a run of the GPU tests: outcomes by file, device, versions and commit.
 
     SPENSE_TEST_LOG=tests.jsonl python -m pytest -m gpu python_tests
-    python python_tests/gpu_record.py tests.jsonl --commit HASH --device NAME \
+    python python_tests/gpu_record.py tests.jsonl --commit HASH --device NAME --torch VERSION \
         --sanitizers sanitizers.json --out bench/results/gpu_tests.json
 
 A test that ran several times counts with its last outcome. `sanitizers` is a file of findings by
-tool, as bench/sanitize.py and whoever looked its reports up leave them; without it the record says
+tool, written by whoever looked up what bench/sanitize.py reports; without it the record says
 nothing of them.
 """
 
