@@ -139,6 +139,6 @@ class Choices:
         return {name: calls for name, calls in found.items() if name in near}
 
     def _chosen(self, spense: Spense, m: int) -> str:
-        """The cost model's choice, by which tables judge a file; no name of a CPU's config."""
+        """The cost model's choice, by which tables judge a file; on a CPU none of `names`."""
         layer, packed = spense.layer, spense.split.packed_bytes
         return cost_model.choice(self._model, layer.n, layer.k, m, packed, self._multiprocessors)
