@@ -114,7 +114,7 @@ def layer(result: dict) -> str:
         f"minutes for 64 such layers; at most {result['peak_device_bytes'] / 1e9:.0f} GB "
         f"on the card (asked: {asked['peak_device_bytes'] / 1e9:.0f}) and "
         f"{result['peak_host_bytes'] / 1e9:.0f} GB on the host. {result['machine']['device']}, "
-        f"commit {result['commit']}, `python bench/quality/layer_cost.py`."
+        f"commit {result['commit'][:7]}, `python bench/quality/layer_cost.py`."
     )
 
 
