@@ -259,7 +259,7 @@ def _add_parts(
 
 @cache
 def _arrivals(device: torch.device, pairs: int) -> Tensor:
-    """Zeros, which every launch leaves as it found them."""
+    """Zeros, which every launch leaves as it found them; of one stream at a time."""
     return torch.zeros(pairs, dtype=torch.int32, device=device)
 
 
@@ -277,7 +277,12 @@ def attend(
     heads = q.shape[1]
     group, pairs = heads // kv_heads, batch * kv_heads
     if group > ROWS or context % splits:
-        raise ValueError(f"attend: {heads} heads over {kv_heads}, {context} places in {splits}")
+        raise ValueError(
+            f"attend: expected at most {ROWS} heads for one of the cache and equal chunks, got "
+            f"{heads} heads over {kv_heads} and {context} places in {splits}"
+        )
+    if tile.warps not in (4, 8):
+        raise ValueError(f"attend: expected 4 or 8 warps, got {tile.warps}")
     out = torch.empty(batch, heads, 1, dim, dtype=torch.bfloat16, device=q.device)
     split = splits > 1
     parts, sums, arrivals = out, out, out

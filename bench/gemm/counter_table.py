@@ -148,8 +148,9 @@ def _counted(entry: dict, point: dict, multiprocessors: int) -> list[str]:
 
 
 def _short(kernel: str) -> str:
-    """cuBLASLt's tile and ring, 168x128_128x5 of nvjet_sm90_qqtst_168x128_128x5_1x2_h_bz_TNN."""
-    found = re.search(r"_(\d+x\d+_\d+x\d+)_", kernel)
+    """cuBLASLt's tile and ring, 168x128_128x5 of nvjet_sm90_qqtst_168x128_128x5_1x2_h_bz_TNN, or
+    cuSPARSELt's tile, 128x256x128 of sm90_xmma_sparse_gemm_..._tilesize128x256x128_..."""
+    found = re.search(r"_(?:tilesize)?(\d+x\d+(?:_\d+x\d+|x\d+))_", kernel)
     return found[1] if found else kernel[:KERNEL_LETTERS]
 
 

@@ -51,6 +51,24 @@ void add_sm90(py::module_& parent) {
       py::arg("multiprocessors") = 132,
       "The config that would run and its microseconds on an H100 in a chain of launches, with "
       "fast_accum. A model (heuristics/cost.h), not a measurement.");
+  m.def(
+      "schedule",
+      [](int64_t m, int64_t n, int64_t k, int64_t packed_bytes, const std::string& choice,
+         int multiprocessors) {
+        const GemmDesc desc = describe(m, n, k, packed_bytes, multiprocessors);
+        const auto found = find_choice(desc, {}, choice);
+        if (!found) {
+          throw std::invalid_argument("sm90: choice: expected one of " + choice_names() + ", got " +
+                                      choice);
+        }
+        const auto p = schedule(desc, *found, cluster_slots(desc, {}, *found->config));
+        return py::dict(py::arg("clusters") = p.clusters, py::arg("whole") = p.whole,
+                        py::arg("skew") = p.skew);
+      },
+      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("packed_bytes"), py::arg("choice"),
+      py::arg("multiprocessors") = 132,
+      "How a choice deals out the tiles: clusters of CTAs, tiles that are not cut, and by how many "
+      "1/1024 the last cluster's piece is smaller than the first's (heuristics/schedule.h).");
 }
 
 }  // namespace spense::bindings

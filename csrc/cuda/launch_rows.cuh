@@ -63,10 +63,12 @@ void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, 
                        reinterpret_cast<uintptr_t>(rows.gather) % 16 == 0;
   if (regular && rows.m >= 2 * multiprocessors && columns <= kMost * kColumns) {
     const bool narrow = columns <= kNarrow * kColumns;
-    constexpr int kVectors = Source::kManyVectors;  // or, where rows are narrow, CTAs an SM
+    constexpr int kVectors = Source::kManyVectors;
+    constexpr int kCtas =
+        kVectors;  // of an SM, where rows are narrow and a vector a thread will do
     if constexpr (Source::kMaxRows >= 4) {
       if (rows.m >= 12 * multiprocessors) {
-        return narrow ? launch_held<Source, 4, 1, kNarrow, kVectors, true>(source, rows, 1, stream)
+        return narrow ? launch_held<Source, 4, 1, kNarrow, kCtas, true>(source, rows, 1, stream)
                       : launch_held<Source, 4, kVectors, kMost / kVectors, 1, true>(source, rows, 1,
                                                                                     stream);
       }

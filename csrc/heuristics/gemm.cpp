@@ -120,8 +120,8 @@ ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slot
   if (config.tokens > 64) {  // bound by the tensor cores: whole tiles, and stream-K for the rest
     p.whole = tiles % p.clusters == 0 ? tiles : std::max(0, tiles / p.clusters - 1) * p.clusters;
   }
-  // As many pieces of a size for every tile, so that no CTA has to do with two, where that keeps
-  // nearly all of them busy or pieces are short.
+  // As many pieces of a size for every tile, so that no CTA has to do with two if tiles are of one
+  // size, where that keeps nearly all of them busy or pieces are short.
   const int32_t even = slots / tiles * tiles;
   const bool small = config.tokens <= 64, short_pieces = steps * tiles <= kShortPiece * slots;
   if (tiles < slots && (10 * even >= 9 * slots || (small && short_pieces))) {
