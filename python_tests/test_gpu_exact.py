@@ -95,6 +95,15 @@ def test_many_tiles_and_long_k(device, config, shape):
 
 
 @every_config
+@pytest.mark.parametrize("token_tiles", [3, 6, 9])
+def test_last_rounds(device, config, token_tiles):
+    """A few tiles more than run at a time, which some configurations cut for several clusters."""
+    case = problem(*(5757, 2320) if device == "cuda" else ROUND_SHAPES[0], device)
+    tokens = int(config.split("_")[0].split("x")[1]) if device == "cuda" else 2
+    check(case, token_tiles * tokens - 5, config, (FLOAT32, BF16))
+
+
+@every_config
 @pytest.mark.parametrize("shards", [2, 4])
 def test_shards(device, config, shards):
     case = problem(300, 1024, device, shards)

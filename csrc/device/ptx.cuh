@@ -262,6 +262,15 @@ __device__ __forceinline__ uint32_t atomic_ticket(uint32_t* counter, uint32_t la
                : "memory");
   return ticket;
 }
+// Returns the value before; as for the order of writes the same.
+__device__ __forceinline__ uint32_t atomic_add(uint32_t* to, uint32_t v) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(to), "r"(v)
+               : "memory");
+  return before;
+}
 __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* from) {
   uint32_t v;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");

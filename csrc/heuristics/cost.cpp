@@ -30,6 +30,7 @@ static_assert(std::size(kCosts) == kInstances, "every instance has its costs");
 // Of the device, by the same fit: the rates that its limits seem to have in this formula.
 constexpr double kDramBytesPerUs = 3.340e6, kL2BytesPerUs = 14.739e6, kLaunchUs = 1.140;
 constexpr double kStreamLaunch = 1.668;  // a stream-K launch against another
+constexpr double kTailFixup = 0.400;     // of the fix-up, where a last round's tiles alone are cut
 constexpr double kExponent = 2.179;      // how the limits add up: 1 would be one after another
 constexpr double kL2Bytes = 40e6, kReread = 0.050;  // cut tiles read again what L2 does not hold
 // Of a unit's time, where a tile holds none of the tokens that it could: it copies fewer rows of x.
@@ -64,7 +65,10 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
   const double l2 = (w * token_tiles + x_reads / config.cluster_rows) / kL2BytesPerUs;
   const double rounds = tiles / slots, full = std::ceil(rounds);
   double work = 0, launch = kLaunchUs;
-  if (choice.mode == Mode::kWhole) {
+  const int pieces = choice.mode == Mode::kTail ? schedule(desc, choice, slots).pieces : 0;
+  if (pieces > 0) {
+    work = (full - 1 + 1.0 / pieces) * units_us + full * c.tile_us + kTailFixup * c.fixup_us;
+  } else if (choice.mode != Mode::kStream) {
     work = std::max(1.0, rounds) * (units_us + c.tile_us);
   } else {
     work = rounds * units_us + full * c.tile_us + c.fixup_us;
@@ -73,7 +77,7 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
   }
   const auto power = [](double v) { return std::pow(v, kExponent); };
   double us = std::pow(power(work) + power(dram) + power(l2), 1 / kExponent);
-  if (choice.mode == Mode::kWhole && rounds > 1) {
+  if (choice.mode != Mode::kStream && pieces == 0 && rounds > 1) {
     // What the last round lacks to a full one, when memory is no limit any more. Tickets give the
     // last tiles to those that are ahead.
     const double ahead = cluster_size(config) == 1 ? kSpread * us : 0;

@@ -32,14 +32,17 @@ const std::vector<GemmConfig>& configs() {
 }
 
 std::string GemmChoice::name() const {
-  return std::string(config->name) + (mode == Mode::kWhole ? ":whole" : ":stream");
+  const char* modes[] = {":whole", ":stream", ":tail"};
+  return std::string(config->name) + modes[static_cast<int>(mode)];
 }
 
 std::vector<GemmChoice> choices() {
   std::vector<GemmChoice> all;
   for (const GemmConfig& config : configs()) {
     all.push_back({&config, Mode::kWhole});
-    if (config.splits == 1) all.push_back({&config, Mode::kStream});  // one or the other cuts K
+    if (config.splits > 1) continue;  // one or the other cuts K
+    all.push_back({&config, Mode::kStream});
+    if (tails(config)) all.push_back({&config, Mode::kTail});
   }
   return all;
 }
@@ -113,9 +116,19 @@ ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slot
   }
 
   p.clusters = slots;
+  const int32_t steps = steps_of(p.k_blocks);
+  if (choice.mode == Mode::kTail) {
+    const int32_t left = tiles % slots;
+    p.pieces = left == 0 ? 0 : std::min({slots / left, kMaxPieces, steps / 2});
+    if (tiles < slots || p.pieces < 2) {
+      p.pieces = 0;
+      p.clusters = std::min(slots, tiles);
+    }
+    p.whole = p.pieces > 0 ? tiles - left : tiles;
+    return p;
+  }
   // The cheapest a tile can be, all of it sparse.
-  const int32_t steps = steps_of(p.k_blocks),
-                least = blocks_of_steps(steps, p.k_blocks / 2, p.k_blocks);
+  const int32_t least = blocks_of_steps(steps, p.k_blocks / 2, p.k_blocks);
   p.snap = std::min(kSparseBlocks * group_tiles(config), least / 4);
   if (config.tokens > 64) {  // bound by the tensor cores: whole tiles, and stream-K for the rest
     p.whole = tiles % p.clusters == 0 ? tiles : std::max(0, tiles / p.clusters - 1) * p.clusters;
@@ -147,7 +160,7 @@ NextLaunch next_launch(const GemmDesc& next, const MaxClusters& fit, const GemmC
                        const ScheduleParams& schedule) {
   // Stream-K's CTAs end one after another: the first would take from the last.
   NextLaunch result;
-  if (choice.mode != Mode::kWhole) return result;
+  if (choice.mode == Mode::kStream) return result;
   const GemmChoice after = choose(next, fit);
   if (group_tiles(*after.config) > 1) return result;
   result.schedule = heuristics::schedule(next, after, cluster_slots(next, fit, *after.config));

@@ -125,7 +125,12 @@ constexpr int group_tiles(const GemmConfig& c) { return c.row_tiles * c.cluster_
 enum class Mode {
   kWhole,   // every tile to one cluster
   kStream,  // cut along K into equal pieces, as far as that pays (schedule.h)
+  kTail,    // whole rounds, and what is left of the tiles each cut for as many clusters as there are
 };
+// Pieces of a tile of the last round: a share of its tokens is finished 32 at a time.
+inline constexpr int kMaxPieces = 8;
+// Whether a config can cut the tiles of a last round.
+constexpr bool tails(const GemmConfig& c) { return c.tokens > 64 && c.splits == 1; }
 
 // What is launched. `name` is of the config and, behind a colon, of the mode.
 struct GemmChoice {

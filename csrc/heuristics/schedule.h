@@ -13,6 +13,8 @@
 //   tiles [whole, all)   stream-K: laid end to end and cut into equal numbers of blocks, one piece
 //                        a cluster; a cut is moved to the next step, or to the tile's edge when
 //                        that is at most `snap` blocks away
+//                        or, with `pieces`: each cut into so many equal ones for clusters of its
+//                        own, which finish a share of its tokens each after their whole tiles
 //
 // Tiles are numbered row group by row group inside a band of `band` token tiles.
 // Every piece is at least one step long (heuristics::legal), so the clusters `first`..`last` of a
@@ -40,6 +42,7 @@ struct ScheduleParams {
   int32_t band = 1;
   int32_t clusters = 1;
   int32_t whole = 0;
+  int32_t pieces = 0;  // of each of the tiles [whole, all); 0: they are one stream
   int32_t snap = 0;
   int32_t skew = 0;  // 1/1024: how much less of the stream the last cluster gets than the first
   int32_t back = 0;  // 1/1024: share of the steps that are taken from the end of K (Walk)
@@ -116,7 +119,8 @@ SPENSE_HD constexpr int32_t cumulative_share(int32_t c, int32_t clusters, int32_
   return c * (2048 * clusters + skew * (clusters - c));
 }
 
-// A range of one output tile's steps, by the turns of the walk.
+// A range of one output tile's steps, by the turns of the walk. None at all: this cluster's share of
+// a tile cut into `pieces` is to be finished.
 struct Segment {
   int32_t group = 0, token_tile = 0;
   int32_t step_begin = 0, step_end = 0;
@@ -147,10 +151,15 @@ class Schedule {
         walk_{steps_, params.back} {
     groups_ = (p_.row_tiles + kGroup - 1) / kGroup;
     stream_total_ = p_.token_tiles * p_.stream_blocks;
-    if (p_.whole < groups_ * p_.token_tiles) start_stream();
+    const int32_t cut_tiles = groups_ * p_.token_tiles - p_.whole;
+    if (p_.pieces > 0) {
+      has_piece_ = cluster < cut_tiles * p_.pieces;
+    } else if (cut_tiles > 0) {
+      start_stream();
+    }
   }
 
-  // The next segment of this cluster, or false. The stream part comes first, so that its sums are
+  // The next segment of this cluster, or false. Parts of tiles come first, so that their sums are
   // put together while other work goes on.
   SPENSE_HD bool next(Segment& out) {
     return next(out, [this] { return following(); });
@@ -173,8 +182,20 @@ class Schedule {
       }
       if (begin < end) return true;
     }
-    tile_ = tile_ < 0 ? cluster_ : take();
-    if (tile_ >= p_.whole) return false;
+    if (has_piece_ && !piece_begun_) {
+      piece_begun_ = true;
+      piece(out);
+      part(out, cluster_ % p_.pieces, p_.pieces);
+      return true;
+    }
+    if (tile_ < p_.whole) tile_ = tile_ < 0 ? cluster_ : take();
+    if (tile_ >= p_.whole) {
+      if (!has_piece_) return false;
+      has_piece_ = false;
+      piece(out);
+      out.step_begin = out.step_end;
+      return true;
+    }
     place(tile_);
     out = Segment{group_, token_, 0, steps_, cluster_, cluster_};
     narrow(out);
@@ -285,16 +306,25 @@ class Schedule {
     if (dense <= 0) return (offset + kSparseBlocks - 1) / kSparseBlocks;
     return min(steps_, sparse_units + (dense + kMaxStepBlocks - 1) / kMaxStepBlocks);
   }
-  // Keeps one part of a segment, all of about equal blocks; it may be empty.
   SPENSE_HD void narrow(Segment& out) const {
-    if (splits_ == 1) return;
+    if (splits_ > 1) part(out, split_, splits_);
+  }
+  // Keeps one part of a segment, all of about equal blocks; it may be empty.
+  SPENSE_HD void part(Segment& out, int32_t index, int32_t parts) const {
     const int32_t begin = out.step_begin, before = blocks_until(begin);
     const int32_t blocks = blocks_until(out.step_end) - before;
-    if (split_ > 0) out.step_begin = first_step(before + blocks * split_ / splits_);
-    if (split_ + 1 < splits_) {
-      out.step_end = first_step(before + blocks * (split_ + 1) / splits_);
-    }
+    if (index > 0) out.step_begin = first_step(before + blocks * index / parts);
+    if (index + 1 < parts) out.step_end = first_step(before + blocks * (index + 1) / parts);
   }
+
+  // --- tiles cut into pieces ---
+  // The tile that this cluster has a piece of, as a whole.
+  SPENSE_HD void piece(Segment& out) {
+    const int32_t index = cluster_ / p_.pieces, first = index * p_.pieces;
+    place(p_.whole + index);
+    out = Segment{group_, token_, 0, steps_, first, first + p_.pieces - 1};
+  }
+
   // The last cluster whose raw cut is at most `position`.
   SPENSE_HD int32_t owner(int32_t position) const {
     const int32_t last = p_.clusters - 1;
@@ -318,6 +348,7 @@ class Schedule {
   int32_t groups_;
   int32_t tile_ = -1;  // the whole tile dealt last
   bool in_stream_ = false;
+  bool has_piece_ = false, piece_begun_ = false;
   int32_t stream_total_, stream_begin_ = 0, stream_end_ = 0;
   float blocks_per_share_ = 0;
   int32_t position_ = 0;                            // blocks before the current tile

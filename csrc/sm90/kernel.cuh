@@ -18,7 +18,7 @@
 #include "sm90/epilogue.cuh"
 #include "sm90/loaders.cuh"
 #include "sm90/mainloop.cuh"
-#include "sm90/reduce.cuh"
+#include "sm90/pieces.cuh"
 
 namespace spense::sm90 {
 
@@ -124,7 +124,13 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
   Multiplier<T> multiplier(smem, warpgroup, split * T::kClusterRows);
   const Combiner<T> combiner(p, smem, cluster, row, warpgroup);
   const Exchange<T> exchange(p, smem, cluster, row, split, warpgroup);
+  const Pieces<T> pieces(p, smem, cluster, row, warpgroup);
+  const auto staging = [&] {
+    return (T::kStagedInSlot ? multiplier.lent_slot() : smem + T::kStaging) +
+           warpgroup * T::kStagingBytes;
+  };
   float sums[T::kParts][T::kSums];
+  uint32_t left_to_me = 0;  // shares of the tile cut into pieces
   while (true) {
     jobs.wait();
     const Job work = jobs.read();
@@ -134,6 +140,16 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
     const int row0 = T::kRowTiles == 2
                          ? (work.row_tile + warpgroup) * kTileRows + warp % 4 * 16
                          : work.row_tile * kTileRows + warpgroup * T::kPartRows + warp % 4 * 16;
+    if (T::kTails && work.begin == work.end) {
+      done(jobs);
+      pieces.finish(work, left_to_me | pieces.ask(work), [&](int group, int part, auto& finished) {
+        Writer<Share<T>> writer;
+        writer.start(p, warpgroup, token0 + group * Share<T>::kOwnTokens, token_end,
+                     row0 + part * T::kPartRows);
+        writer.store(finished, staging(), false);
+      });
+      continue;
+    }
     Writer<T> writer[T::kParts];
 #pragma unroll
     for (int part = 0; part < T::kParts; ++part) {
@@ -146,18 +162,18 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
                    p.schedule.k_blocks);
     const Job job = jobs.read();  // again, so that it takes no registers meanwhile
     done(jobs);
-    const uint32_t staging = (T::kStagedInSlot ? multiplier.lent_slot() : smem + T::kStaging) +
-                             warpgroup * T::kStagingBytes;
     const auto store = [&](auto& finished) {
 #pragma unroll
       for (int part = 0; part < T::kParts; ++part) {
-        writer[part].store(finished[part], staging, T::kStagedInSlot && part == 0);
+        writer[part].store(finished[part], staging(), T::kStagedInSlot && part == 0);
       }
     };
     if constexpr (T::kSplits > 1) {
       float own[T::kParts][T::kOwnSums];
       exchange.run(sums, own);
       store(own);
+    } else if (T::kTails && p.schedule.pieces > 0 && job.first != job.last) {
+      left_to_me = pieces.arrive(job, sums);
     } else if (job.first == job.last || combiner.combine(job, sums)) {
       store(sums);
     }

@@ -108,25 +108,72 @@ class Exchange {
   int row_, split_, warpgroup_;
 };
 
-// Puts the segments of a tile together that several clusters hold. Nobody waits for anybody: each
-// writes its sums, and the last to arrive adds all of them in the order of K, so that the result
-// does not depend on who that is. Works by warpgroup.
+// The partial sums of tiles that several clusters hold, in L2. Works by warpgroup.
 template <class T>
-class Combiner {
+class Partials {
  public:
   using Sums = float (&)[T::kParts][T::kSums];
 
-  __device__ Combiner(const Params& p, uint32_t smem, int cluster, int rank, int warpgroup)
+  __device__ Partials(const Params& p, uint32_t smem, int cluster, int rank, int warpgroup)
       : p_(p),
         ticket_(smem + T::kTickets + 4 * warpgroup),
         cluster_(cluster),
         rank_(rank),
         warpgroup_(warpgroup) {}
 
+ protected:
+  static constexpr int kPartVectors = T::kSums / 4;  // of 4 sums, of a thread
+  static constexpr int kVectors = T::kParts * kPartVectors;
+
+  __device__ static int thread() { return threadIdx.x % 128; }
+
+  __device__ uint32_t* counter(const Job& job) const {
+    return p_.counters + (job.first * T::kClusterSize + rank_) * 2 + warpgroup_;
+  }
+  // What thread 0 finds, told to the warpgroup.
+  template <class Find>
+  __device__ uint32_t share(Find find) const {
+    if (thread() == 0) ptx::store_shared(ticket_, find());
+    ptx::named_barrier_sync(1 + warpgroup_, 128);
+    const uint32_t found = ptx::load_shared(ticket_);
+    ptx::named_barrier_sync(1 + warpgroup_, 128);
+    return found;
+  }
+  __device__ float4* place(int cluster, bool holds_step_zero) const {
+    const int slot = heuristics::partial_slot(cluster, holds_step_zero) * T::kClusterSize + rank_;
+    return reinterpret_cast<float4*>(p_.partials) +
+           static_cast<int64_t>(slot) * (kVectors * T::kConsumerThreads) + warpgroup_ * 128 +
+           thread();
+  }
+  // Those of this cluster, which everybody may read after the next atomic operation of thread 0.
+  __device__ void publish(const Job& job, Sums sums) const {
+    float4* to = place(cluster_, job.begin == 0);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const float* v = &sums[i / kPartVectors][i % kPartVectors * 4];
+      __stcg(to + i * T::kConsumerThreads, make_float4(v[0], v[1], v[2], v[3]));
+    }
+    ptx::named_barrier_sync(1 + warpgroup_, 128);
+  }
+
+  const Params& p_;
+  uint32_t ticket_;
+  int cluster_, rank_, warpgroup_;
+};
+
+// Puts the segments of a tile together that several clusters hold. Nobody waits for anybody: each
+// writes its sums, and the last to arrive adds all of them in the order of K, so that the result
+// does not depend on who that is.
+template <class T>
+class Combiner : Partials<T> {
+ public:
+  using Sums = typename Partials<T>::Sums;
+  using Partials<T>::Partials;
+
   // Whether the warpgroup holds the finished sums now.
   __device__ bool combine(const Job& job, Sums sums) const {
-    const int others = job.last - job.first;
-    uint32_t* counter = p_.counters + (job.first * T::kClusterSize + rank_) * 2 + warpgroup_;
+    const uint32_t others = job.last - job.first;
+    uint32_t* counter = this->counter(job);
     // Where the sums are just two, or these come first, they may stay in registers.
     const bool may_keep = others == 1 || cluster_ == job.first;
     if (may_keep && share([&] { return ptx::load_relaxed(counter); }) == others) {
@@ -135,9 +182,8 @@ class Combiner {
       add_all(job, cluster_, sums);
       return true;
     }
-    store(place(cluster_, job.begin == 0), sums);
-    ptx::named_barrier_sync(1 + warpgroup_, 128);
-    // Ordered after every store of the warpgroup by the barrier. Back to 0 after the last.
+    this->publish(job, sums);
+    // Back to 0 after the last.
     if (share([&] { return ptx::atomic_ticket(counter, others); }) != others) return false;
     ptx::fence_gpu();
 #pragma unroll
@@ -150,32 +196,9 @@ class Combiner {
   }
 
  private:
-  static constexpr int kVectors = T::kParts * T::kSums / 4;  // of 4 sums, of a thread
+  using Partials<T>::cluster_, Partials<T>::place, Partials<T>::share, Partials<T>::thread;
+  static constexpr int kVectors = Partials<T>::kVectors;
 
-  __device__ static int thread() { return threadIdx.x % 128; }
-
-  // What thread 0 finds, told to the warpgroup.
-  template <class Find>
-  __device__ int share(Find find) const {
-    if (thread() == 0) ptx::store_shared(ticket_, find());
-    ptx::named_barrier_sync(1 + warpgroup_, 128);
-    const uint32_t found = ptx::load_shared(ticket_);
-    ptx::named_barrier_sync(1 + warpgroup_, 128);
-    return static_cast<int>(found);
-  }
-  __device__ float4* place(int cluster, bool holds_step_zero) const {
-    const int slot = heuristics::partial_slot(cluster, holds_step_zero) * T::kClusterSize + rank_;
-    return reinterpret_cast<float4*>(p_.partials) +
-           static_cast<int64_t>(slot) * (kVectors * T::kConsumerThreads) + warpgroup_ * 128 +
-           thread();
-  }
-  __device__ static void store(float4* to, Sums sums) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const float* v = &sums[i / (T::kSums / 4)][i % (T::kSums / 4) * 4];
-      __stcg(to + i * T::kConsumerThreads, make_float4(v[0], v[1], v[2], v[3]));
-    }
-  }
   // Adds the partial sums of all clusters of the tile but `skip`, in the order of K. Up to 16 loads
   // of a thread are under way at a time.
   __device__ void add_all(const Job& job, int skip, Sums sums) const {
@@ -210,10 +233,6 @@ class Combiner {
       }
     }
   }
-
-  const Params& p_;
-  uint32_t ticket_;
-  int cluster_, rank_, warpgroup_;
 };
 
 }  // namespace spense::sm90

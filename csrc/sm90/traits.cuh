@@ -49,6 +49,7 @@ struct Traits {
   static constexpr int kXStages = x_stages;
   static constexpr int kXBlocks = x_blocks;  // of 128 columns in a slot of x
   static constexpr bool kPromote = promote;
+  static constexpr bool kTails = heuristics::tails(kConfig);
 
   static constexpr int kJobStages = heuristics::kJobStages;
 

@@ -233,6 +233,13 @@ uint32_t atomic_ticket(uint32_t* counter, uint32_t last) {
   return before;
 }
 
+uint32_t atomic_add(uint32_t* to, uint32_t v) {
+  machine().global(to, 4, true);
+  const uint32_t before = *to;
+  *to = before + v;
+  return before;
+}
+
 uint32_t load_relaxed(const uint32_t* from) {
   machine().global(from, 4, false);
   return *from;

@@ -221,11 +221,18 @@ std::vector<Case> cases(int tokens, int ctas) {
       {"jobs", 30 * t, 128 * ctas, 256, {}, ctas},
       // Whole tiles and a rest, several token tiles.
       {"tokens", 2 * t + 5, 384, 768, {192, 0, 400}, 2 * ctas},
+      // A last round of tiles, cut for two clusters each or four, and one cut for eight.
+      {"last round", 4 * t + 7, 256 * ctas - 20, 2304, {}, 4 * ctas},
+      {"pieces", 8 * t + 3, 128 * ctas, 4096, {}, 8 * ctas},
       // More CTAs than work, one step of K.
       {"tiny", 3, 40, 96, {32}, 5 * ctas},
   };
   for (Case& c : all) {
     if (c.name == "snap") c.dense_width.assign(4 * ctas, 0);
+    if (c.name == "last round") {
+      for (int i = 0; i < 2 * ctas; ++i) c.dense_width.push_back(384 * (i % 3));
+    }
+    if (c.name == "pieces") c.dense_width.assign(ctas, 1024);
     if (c.name == "jobs") c.dense_width.assign(ctas, 128);
   }
   return all;

@@ -82,6 +82,7 @@ void store_shared_v4(uint32_t address, uint4 v);
 void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d);
 void store_matrices(uint32_t to, uint32_t a, uint32_t b);
 uint32_t atomic_ticket(uint32_t* counter, uint32_t last);
+uint32_t atomic_add(uint32_t* to, uint32_t v);
 uint32_t load_relaxed(const uint32_t* from);
 void store_relaxed(uint32_t* to, uint32_t v);
 inline void fence_gpu() {}
