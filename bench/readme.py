@@ -167,7 +167,7 @@ PAGES = {
     "docs/transformers.md": {
         "neighbours": (RESULTS / "neighbours_h100.json", neighbours_table),
     },
-    "docs/sm90.md": {"counters": (RESULTS / "counters_h100.json", counters_table)},
+    "docs/sm90-misses.md": {"counters": (RESULTS / "counters_h100.json", counters_table)},
 }
 
 

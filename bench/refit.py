@@ -20,10 +20,9 @@ from pathlib import Path
 import numpy as np
 from gemm.cost_model import Model, Runs, number_text, read_runs
 from gemm.regret import UNTIMED
-from gemm.shapes import HELD_OUT, UNSEEN
+from gemm.shapes import HELD_OUT, HUNGRY_TOKENS, UNSEEN
 
 NEAR = 1.5  # runs up to so many times the fastest of their shape teach the fit
-HUNGRY_TOKENS = 1000  # from here on clocks fall, which slows all runs of a shape
 MANY_TOKENS, MANY_WEIGHT = 512, 10  # shapes from here on are few, and take longest
 STEPS = (0.1, 0.03, 0.01)  # of a constant's logarithm
 BLUR = 0.01  # errors of estimates that a choice should not depend on

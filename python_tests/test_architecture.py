@@ -199,3 +199,16 @@ def test_no_machine_paths():
             if pattern.search(line):
                 wrong.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
     assert wrong == []
+
+
+def test_links_of_pages_lead_somewhere_and_every_picture_is_shown():
+    pages = tracked("*.md")
+    linked = {
+        (page.parent / link).resolve()
+        for page in pages
+        for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text(encoding="utf-8"))
+    }
+    assert [str(path) for path in linked if not path.exists()] == []
+    pictures = {path.resolve() for path in (ROOT / "docs" / "images").iterdir()}
+    assert pictures - linked == set()
+    assert set((ROOT / "docs").glob("*.md")) - linked == set()

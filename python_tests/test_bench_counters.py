@@ -15,6 +15,7 @@ KERNEL = (
     "void spense::sm90::hybrid_gemm<spense::sm90::Traits<(int)1, (int)16, (int)1, (int)1, (int)8, "
     "(int)13, (int)2, (bool)1>>(spense::sm90::Params)"
 )
+NVJET = "nvjet_sm90_qqtst_80x64_128x11_1x2_h_bz_TNN"
 COLUMNS = [
     "gpu__time_duration.sum",
     "sm__cycles_elapsed.max",
@@ -47,7 +48,7 @@ def log() -> str:
     head = ",".join(f'"{word}"' for word in ("ID", "Process ID", "Kernel Name", *COLUMNS))
     units = ",".join('""' for _ in range(3 + len(COLUMNS)))
     rival = [5000.0, 7500.0, 1.5e9, 7000.0, 20.0, 64 * 7500 * 132 // 4, 10, 10, 30.0, 40.0]
-    rows = [(KERNEL, OURS), ("nvjet_qqtst", rival), ("splitK_reduce", rival)]
+    rows = [(KERNEL, OURS), (NVJET, rival), ("splitK_reduce", rival)]
     lines = ["==PROF== Connected", head, units, *(csv_row(i, *r) for i, r in enumerate(rows))]
     return "\n".join([*lines, "==PROF== Disconnected", ""])
 
@@ -68,10 +69,10 @@ def sweep(us: float = 12.0) -> dict:
 def test_only_points_that_miss_are_counted():
     from gemm import counters
 
-    (point,) = counters.missed_points(sweep()["points"], [0.25])
-    assert (point.layer, point.m, point.by_row) == ("qwen3-32b.o", 1, True)
+    (point,) = counters.missed_points(sweep()["points"])
+    assert point == counters.Point("qwen3-32b.o", 1, 0.25, "cublas_row")
     assert counters.missed_points(sweep()["points"], [0.5]) == []
-    assert counters.missed_points(sweep(us=11.0)["points"], [0.25]) == []
+    assert counters.missed_points(sweep(us=11.0)["points"]) == []
 
 
 def test_a_sum_that_misses_counts_its_layers():
@@ -79,8 +80,35 @@ def test_a_sum_that_misses_counts_its_layers():
 
     points = sweep(us=11.0)["points"]
     total = points[0] | {"kind": "model", "layer": "qwen3-32b"}  # asks for 1.5 and reaches 1.36
-    found = counters.missed_points([*points, total], [0.25])
+    found = counters.missed_points([*points, total])
     assert [p.layer for p in found] == ["qwen3-32b.o", "qwen3-32b.qkv"]
+
+
+def test_what_says_most_comes_first():
+    """Layers that miss alone before others of a sum, 256 tokens before 1, cuSPARSELt's last."""
+    from gemm import counters
+
+    o, qkv = sweep(us=20.0)["points"]
+    total = o | {"kind": "model", "layer": "qwen3-32b"}
+    sparse = o | {"dense": 0.0, "times": o["times"] | {"cusparselt": {"us": 19.0}}}
+    dense = o | {"dense": 1.0, "m": 256}
+    found = counters.missed_points([qkv, o, total, sparse, dense])
+    assert [(p.layer, p.m, p.dense, p.rival) for p in found] == [
+        ("qwen3-32b.o", 256, 1.0, "cublas_row"),
+        ("qwen3-32b.o", 1, 0.25, "cublas_row"),
+        ("qwen3-32b.qkv", 1, 0.25, "cublas_row"),
+        ("qwen3-32b.o", 1, 0.0, "cusparselt"),
+    ]
+
+
+def test_no_point_starts_after_its_time(capsys):
+    import torch
+    from counters import Work
+    from gemm import counters
+
+    point = counters.Point("qwen3-32b.o", 1, 0.25, "cublas_row")
+    assert list(Work(torch.device("cpu"), []).launch([point, point], budget_s=-1)) == []
+    assert "left out 2 points:\n  qwen3-32b.o, M = 1, 0.25 dense" in capsys.readouterr().out
 
 
 def test_counters_that_ncu_lacks_are_left_out():
@@ -91,6 +119,8 @@ def test_counters_that_ncu_lacks_are_left_out():
         "dram__bytes_read.sum",
     }
     assert counters.known_metrics("") == counters.METRICS
+    older = LISTING.replace("sm__pipe_tensor_cycles", "sm__pipe_tensor_op_hmma_cycles")
+    assert "tensor_hmma_pct" in counters.known_metrics(older)
 
 
 def test_launches_belong_to_points():
@@ -98,10 +128,15 @@ def test_launches_belong_to_points():
 
     found = counters.launches(log(), counters.known_metrics(LISTING))
     assert [launch["ns"] for launch in found] == [10000, 5000, 5000]
-    points = [counters.Point("qwen3-32b.o", 1, 0.25, True)]
-    (entry,) = counters.by_point(points, found)
+    points = [counters.Point("qwen3-32b.o", 1, d, "cublas_row") for d in (0.25, 1.0)]
+    (entry,) = counters.by_point(points[:1], found)
     assert entry["ours"]["config"] == "t128x16_c1k1_s8x13"
-    assert [launch["kernel"] for launch in entry["cublas"]] == ["nvjet_qqtst", "splitK_reduce"]
+    assert [launch["kernel"] for launch in entry["theirs"]] == [NVJET, "splitK_reduce"]
+    with pytest.raises(ValueError, match="expected 2 launches of hybrid_gemm, got 1"):
+        counters.by_point(points, found)
+    sparse, dense = counters.by_point(points, [*found, found[0] | {"ns": 11000.0}])
+    assert (sparse["ours"]["ns"], dense["ours"]["ns"]) == (10000, 11000)
+    assert sparse["theirs"] == dense["theirs"], "cuBLASLt's work is the same: launched once"
 
 
 def test_shares_of_the_units():
@@ -143,8 +178,14 @@ def test_a_run_and_its_table(monkeypatch, tmp_path, capsys):
     counted["run"]["device"]["multiprocessors"] = 132
     lines = counter_table.table(counted, sweep()).splitlines()
     assert len(lines) == 5
+    swept = "| qwen3-32b.o | 1 | 25% | 1.35 x cuBLASLt | **1.250** | 12.0 | 50% |"
     assert lines[2] == (
-        "| qwen3-32b.o | 1 | 1.35 x cuBLASLt | **1.250** | 12.0 | 50% | 10.0 "
-        "| t128x16_c1k1_s8x13 | 30% | 50% | 55% | 85% | 80% | 10% | 10.0 | 20% | 25% | DRAM |"
+        f"{swept} 10.0 | t128x16_c1k1_s8x13 "
+        "| 30% | 50% | 55% | 85% | 80% | 10% | 10.0 | 20% | 25% | 80x64_128x11 + splitK_reduce "
+        "| DRAM |"
     )
     assert "at 1.50 to 1.50 GHz" in lines[-1]
+    assert "Not counted" not in lines[-1]
+    lines = counter_table.table(counted | {"points": []}, sweep()).splitlines()
+    assert lines[2] == swept + "  |" * 13
+    assert "Not counted in that run: 1 of 1 layers." in lines[-1]

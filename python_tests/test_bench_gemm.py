@@ -256,6 +256,22 @@ def test_a_doubtful_choice_is_timed_again():
     assert times["auto"]["us"] == 10.0
 
 
+def test_the_choice_is_timed_however_slow_it_seemed():
+    from gemm.choices import near_of
+
+    us = {"auto": 30.0, "a:whole": 10.0, "b:whole": 11.9, "b:stream": 12.1, "c:whole": 25.0}
+    assert near_of(us, 1.2, ("auto", "c:whole")) == {"auto", "a:whole", "b:whole", "c:whole"}
+
+
+def test_two_libraries_split_where_cusparselt_survives():
+    from gemm.rivals import sparse_columns
+
+    from spense_kernels.format import Split
+
+    found = [sparse_columns(Split.from_fraction(5120, 5120, d)) for d in (0, 0.125, 0.25, 1)]
+    assert found == [5120, 4608, 3840, 0]  # 4480, a multiple of 128 alone, breaks it
+
+
 def test_the_quantiser_s_figures(run, tmp_path):
     file = tmp_path / "quantize.json"
     arguments = ("--layers", "130x256", "--m", "1,70", "--pack", "200x512", "--json", file)

@@ -48,7 +48,7 @@ def results(model, noise: float = 0.0) -> dict:
 
 def test_the_formula_is_that_of_the_product(refit, tmp_path):
     """The op's own choice is the run with the least estimate, in as many microseconds."""
-    from gemm.cost_model import instances
+    from gemm.cost_model import choice, instances
 
     model = refit.Model.read()
     assert list(model.config) == list(instances()) == _C.sm90.configs()
@@ -64,6 +64,8 @@ def test_the_formula_is_that_of_the_product(refit, tmp_path):
         best = np.flatnonzero(here)[estimates[here].argmin()]
         mode = "stream" if runs.stream[best] else "whole"
         assert found["config"] == f"{runs.names[runs.config[best]]}:{mode}"
+        packed = Split.from_fraction(n, k, d).packed_bytes
+        assert choice(model, n, k, m, packed, 132) == found["config"]
     assert max(refit.regrets(model, runs).values()) == 0
 
 

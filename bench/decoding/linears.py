@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 from gemm.operands import random_fp8, tile_stream, tiles_of, two_of_four, unit_scale
-from gemm.rivals import CusparseLt
+from gemm.rivals import CusparseLt, sparse_columns
 from gemm.shapes import Layer
 from gemm.timing import Recorder
 from torch import Tensor
@@ -81,7 +81,7 @@ class TwoLibrary:
         rows: list[int],
         recorder: Recorder,
     ):
-        self.columns = k - Split.from_fraction(n, k, d).widths[0]
+        self.columns = sparse_columns(_split(n, k, d))
         self.algorithms = _algorithms(n, k, self.columns, tuple(rows), recorder)
         self.sparse = torch._cslt_compress(two_of_four(n, self.columns, device))
         self.dense = Dense(n, k - self.columns, bias, device) if self.columns < k else None

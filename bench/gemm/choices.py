@@ -7,16 +7,20 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
-from gemm import ceiling
+import torch
+
+from gemm import ceiling, cost_model
 from gemm.regret import AUTO, regret_of
 from gemm.rivals import Spense, hinted
+from gemm.shapes import HUNGRY_TOKENS
 from gemm.timing import Call, Recorder, Recording, rotation
 
 GRAPH_US = 250  # a recording lasts at least about so long
 MAX_LAUNCHES = 256  # of a recording
 MOST_TOKEN_TILES, FAR_BEHIND = 16, 1.5  # of a configuration that may be the fastest
+TRIES = 2  # launches that may show it, each with a cold L2
 ROUNDS, DOUBT_ROUNDS = 5, 15
-HUNGRY_TOKENS, CLOSE = 1024, 1.2  # from here on those that are close run one after another
+CLOSE = 1.2  # the same from HUNGRY_TOKENS on, where each has the device to itself for long
 ALONE, PASSES = "alone", 4  # through a model's layers
 DOUBT, DOUBTED = 0.03, 3  # regret above which the fastest few are timed again
 
@@ -34,12 +38,22 @@ def launches(recorder: Recorder, floor_us: float, us: float) -> int:
     return min(max(1, round(us / floor_us)), MAX_LAUNCHES)
 
 
+def near_of(us: dict[str, float], far: float, always: Sequence[str]) -> set[str]:
+    """Names that take less than `far` times the least, and those that are kept in any case."""
+    least = min(us.values())
+    return {name for name, time in us.items() if name in always or time < far * least}
+
+
 class Choices:
     """Times one problem after another under all of `names`, none of which has to be legal."""
 
     def __init__(self, recorder: Recorder, names: Sequence[str], bytes_per_second: float):
         self.recorder, self.names, self.rate = recorder, names, bytes_per_second
         self._refused: set[str] = set()  # said once
+        self._model, self._multiprocessors = cost_model.Model.read(), cost_model.MULTIPROCESSORS
+        if recorder.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(recorder.device)
+            self._multiprocessors = properties.multi_processor_count
 
     def measure(self, spense: Spense, m: int, model: Sequence[Spense] = ()) -> dict[str, dict]:
         """Summaries (timing.Recorder.measure) by configuration, "auto" among them.
@@ -48,16 +62,18 @@ class Choices:
         is launched between them, each as the op chooses, where it may overlap with other
         neighbours than itself. "auto" is the layer alone, the others differ from it as passes do.
 
-        Configurations that a first launch shows to be far behind are left out. Where the choice
-        seems to lose much, it and the fastest others are recorded and timed once more, for longer:
+        Configurations that first launches show to be far behind are left out, but for the one that
+        the cost model chooses: what a choice loses is told from its forced run. Where the choice
+        seems to lose much, both and the fastest others are recorded and timed once more, longer:
         the least of many times that vary is too good, and where results lie matters too.
         """
-        contenders = self._contenders(spense, m)
+        chosen = self._chosen(spense, m)
+        contenders = self._contenders(spense, m, chosen)
         times = self._times(spense, m, contenders, ROUNDS, model)
         if regret_of(times) > DOUBT:
             forced = sorted((t["us"], name) for name, t in times.items() if name != AUTO)
-            again = [AUTO, *(name for _, name in forced[:DOUBTED])]
-            close = {name: contenders[name] for name in again}
+            again = {AUTO, chosen, *(name for _, name in forced[:DOUBTED])}
+            close = {name: calls for name, calls in contenders.items() if name in again}
             times |= self._times(spense, m, close, DOUBT_ROUNDS, model)
         return times
 
@@ -96,13 +112,13 @@ class Choices:
                 summary["us"] = round(summary["us"] - beside, 3)
         return times
 
-    def _contenders(self, spense: Spense, m: int) -> dict[str, list[Call]]:
-        """The op's choice, and each configuration that runs here and is not far behind at once."""
+    def _contenders(self, spense: Spense, m: int, chosen: str) -> dict[str, list[Call]]:
+        """The op's choice, `chosen`, and each other that runs here and is not far behind."""
         found = {AUTO: spense.calls(m)}
         first = found[AUTO][0]
         first()
         for name in self.names:
-            if m > MOST_TOKEN_TILES * (token_tile(name) or m):
+            if name != chosen and m > MOST_TOKEN_TILES * (token_tile(name) or m):
                 continue
             calls = [partial(call, config=name) for call in found[AUTO]]
             try:
@@ -116,11 +132,13 @@ class Choices:
         if self.recorder.device.type == "cpu":
             return found
         # Each launch on another copy, so that none finds the weight in L2.
-        turns = [[calls[i % len(calls)]] for i, calls in enumerate(found.values())]
+        turns = [[calls[i % len(calls)]] for i, calls in enumerate([*found.values()] * TRIES)]
         times = self.recorder.quick(turns, one_wait=True)
-        least, far = min(times), CLOSE if m >= HUNGRY_TOKENS else FAR_BEHIND
-        return {
-            name: calls
-            for (name, calls), us in zip(found.items(), times, strict=True)
-            if name == AUTO or us < far * least
-        }
+        us = {name: min(times[i :: len(found)]) for i, name in enumerate(found)}
+        near = near_of(us, CLOSE if m >= HUNGRY_TOKENS else FAR_BEHIND, (AUTO, chosen))
+        return {name: calls for name, calls in found.items() if name in near}
+
+    def _chosen(self, spense: Spense, m: int) -> str:
+        """The cost model's choice, by which tables judge a file; no name of a CPU's config."""
+        layer, packed = spense.layer, spense.split.packed_bytes
+        return cost_model.choice(self._model, layer.n, layer.k, m, packed, self._multiprocessors)

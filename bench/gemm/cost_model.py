@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ class Config:
         return max(1, multiprocessors // size * (10 if size > 2 else 11) // 11)
 
 
+@cache
 def instances() -> dict[str, Config]:
     return {name: Config(*numbers[:4]) for name, numbers in kernels.instances().items()}
 
@@ -164,6 +166,21 @@ def estimate(device: dict, sparse, dense, tile, fixup, stream, facts: dict) -> n
     return us + device["kLaunchUs"] * np.where(stream, device["kStreamLaunch"], 1)
 
 
+def choice(model: Model, n: int, k: int, m: int, packed_bytes: int, multiprocessors: int) -> str:
+    """NAME:MODE with the least estimate, as the op chooses where no device can be asked."""
+    us = {}
+    for name, config in instances().items():
+        facts = facts_of(config, n, k, m, packed_bytes, multiprocessors)
+        for mode in modes(config):
+            costs = model.config[name]
+            us[f"{name}:{mode}"] = estimate(model.device, *costs, mode == "stream", facts)
+    return min(us, key=us.__getitem__)
+
+
+def modes(config: Config) -> tuple[str, ...]:
+    return ("whole",) if config.splits > 1 else ("whole", "stream")
+
+
 def tile_name(config: str) -> str:
     """A config's name without its rings: runs of a build with other depths count as today's."""
     return re.sub(r"_s\d+x\d+", "", config)
@@ -199,7 +216,7 @@ def read_runs(paths: list[Path]) -> Runs:
         _, n, k, m, *_ = key
         for at, (name, config) in enumerate(known.items()):
             facts = facts_of(config, n, k, m, times["bytes"], multiprocessors)
-            for mode in ("whole",) if config.splits > 1 else ("whole", "stream"):
+            for mode in modes(config):
                 us = times.get((name, mode), np.nan)
                 rows.append((us, number[key], at, mode == "stream", *facts.values()))
     if not rows:

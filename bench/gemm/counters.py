@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 
 from gemm.kernels import config_of
 from gemm.report import DENSE
 from gemm.shapes import MODELS
-from gemm.targets import checks_of
+from gemm.targets import MODEL_DENSE, checks_of
 
 OURS = "hybrid_gemm"  # part of the name of our kernels
 PEAK = "pct_of_peak_sustained_elapsed"
@@ -27,50 +27,80 @@ METRICS = {
     "cycles_active": "sm__cycles_active.avg",
     "tensor_pct": f"sm__pipe_tensor_cycles_active.avg.{PEAK}",
     "tensor_hmma_pct": f"sm__pipe_tensor_op_hmma_cycles_active.avg.{PEAK}",
-    "wgmma": "sm__inst_executed_pipe_tensor_op_gmma.sum",
     "ingest_bytes": "l1tex__m_xbar2l1tex_read_bytes.sum",
-    "tma_bytes": "l1tex__m_xbar2l1tex_read_bytes_mem_global_op_tma_ld.sum",
     "egress_bytes": "l1tex__m_l1tex2xbar_write_bytes.sum",
     "l2_bytes": "lts__t_bytes.sum",
     "l2_pct": f"lts__t_sectors.avg.{PEAK}",
     "dram_read_bytes": "dram__bytes_read.sum",
     "dram_read_pct": f"dram__bytes_read.sum.{PEAK}",
-    "dram_write_bytes": "dram__bytes_write.sum",
 }
+INSTEAD = {"tensor_hmma_pct": "tensor_pct"}  # for an ncu that lacks the other; each costs time
+ORDER = [256, 512, 1024, 128, 64, 2048, 32, 4096, 8192, 16, 8, 1]  # of tokens
 LEAST = ("ns", "cycles", "ingest_bytes", "l2_bytes", "dram_read_bytes")  # the second try's
 
 
 @dataclass(frozen=True)
 class Point:
-    """One problem to be counted, and the scaling with which cuBLASLt was the faster there."""
+    """One problem to be counted, and what ours is compared with there.
+
+    rival: cuBLASLt with the scaling that was the faster, cuSPARSELt at 0 % dense.
+    """
 
     layer: str
     m: int
     dense: float
-    by_row: bool
+    rival: str
+
+    @property
+    def rival_work(self) -> tuple[str, int, str]:
+        """What the rival does is the same at every dense fraction."""
+        return self.layer, self.m, self.rival
 
 
-def missed_points(points: list[dict], dense: Iterable[float]) -> list[Point]:
-    """Layers of a sweep's result that miss a target, alone or in a sum of their model's layers."""
-    wanted: set[tuple[str, int, float]] = set()
-    for point in points:
-        if point["dense"] in dense and not all(check.met for check in checks_of(point)):
-            one = point["kind"] == "layer"
-            layers = [point["layer"]] if one else [x.label for x in MODELS[point["group"]]]
-            wanted |= {(layer, point["m"], point["dense"]) for layer in layers}
-    found = []
-    for p in points:
-        if p["kind"] == "layer" and (p["layer"], p["m"], p["dense"]) in wanted:
-            us = {name: p["times"][name]["us"] for name in DENSE if name in p["times"]}
-            by_row = bool(us) and min(us, key=us.__getitem__) == "cublas_row"
-            found.append(Point(p["layer"], p["m"], p["dense"], by_row))
-    return found
+def missed_points(points: list[dict], dense: Container[float] | None = None) -> list[Point]:
+    """Layers of a sweep's result that miss a target, alone or in a sum of their model's layers.
+
+    Those that say most come first, should the time not do for all: layers that miss one alone
+    before others of a sum, tokens in ORDER. Last those with cuSPARSELt, which may break the GPU.
+    """
+    missed = [p for p in points if not all(check.met for check in checks_of(p))]
+    if dense is not None:
+        missed = [p for p in missed if p["dense"] in dense]
+    alone = {_place(p) for p in missed if p["kind"] == "layer"}
+    wanted = alone | {
+        (layer.label, p["m"], p["dense"])
+        for p in missed
+        if p["kind"] == "model"
+        for layer in MODELS[p["group"]]
+    }
+    found = [p for p in points if p["kind"] == "layer" and _place(p) in wanted]
+
+    def value(p: dict) -> tuple:
+        m = p["m"]
+        order = ORDER.index(m) if m in ORDER else len(ORDER)
+        return p["dense"] == 0, _place(p) not in alone, order, p["dense"] != MODEL_DENSE
+
+    return [Point(p["layer"], p["m"], p["dense"], _rival(p)) for p in sorted(found, key=value)]
+
+
+def _place(point: dict) -> tuple[str, int, float]:
+    return point["layer"], point["m"], point["dense"]
+
+
+def _rival(point: dict) -> str:
+    if point["dense"] == 0:
+        return "cusparselt"
+    us = {name: point["times"][name]["us"] for name in DENSE if name in point["times"]}
+    return min(us, key=us.__getitem__, default=DENSE[0])
 
 
 def known_metrics(listing: str) -> dict[str, str]:
     """METRICS without what `ncu --query-metrics` does not list; all where it lists nothing."""
     names = set(re.findall(r"^\s*([a-z]\w*__\w+)", listing, re.MULTILINE))
-    return {key: of for key, of in METRICS.items() if not names or of.partition(".")[0] in names}
+    if not names:
+        return METRICS
+    found = {key: of for key, of in METRICS.items() if of.partition(".")[0] in names}
+    return {key: of for key, of in found.items() if INSTEAD.get(key) not in found}
 
 
 def launches(log: str, metrics: dict[str, str]) -> list[dict]:
@@ -94,14 +124,18 @@ def _number(text: str | None) -> float | None:
 
 
 def by_point(points: list[Point], found: list[dict]) -> list[dict]:
-    """Launches in the order of the points: ours, then whatever cuBLASLt runs for the same one."""
-    counted: list[dict] = []
-    for launch in found:
-        if OURS in launch["kernel"]:
-            if len(counted) == len(points):
-                break
-            config = {"config": config_of(launch["kernel"])}
-            counted.append(asdict(points[len(counted)]) | {"ours": launch | config, "cublas": []})
-        elif counted:
-            counted[-1]["cublas"].append(launch)
+    """Launches of the points in their order: ours, then whatever the rival runs, once for all.
+
+    Raises:
+        ValueError: there are not as many launches of ours as points.
+    """
+    ours = [i for i, launch in enumerate(found) if OURS in launch["kernel"]]
+    if len(ours) != len(points):
+        raise ValueError(f"counters: expected {len(points)} launches of {OURS}, got {len(ours)}")
+    theirs: dict[tuple, list[dict]] = {}
+    counted = []
+    for point, at, end in zip(points, ours, [*ours[1:], len(found)], strict=True):
+        launches_of = theirs.setdefault(point.rival_work, found[at + 1 : end])
+        launch = found[at] | {"config": config_of(found[at]["kernel"])}
+        counted.append(asdict(point) | {"ours": launch, "theirs": launches_of})
     return counted

@@ -82,7 +82,7 @@ def tiles_of(split: Split, device: torch.device) -> Tensor:
     return tile_table(split).to(device)
 
 
-def copies(weight: Tensor, device: torch.device) -> list[Tensor]:
-    """The weight and as many clones as its rotation past the caches needs."""
-    count = copy_count(weight.nbytes, device)
+def copies(weight: Tensor, device: torch.device, count: int | None = None) -> list[Tensor]:
+    """The weight and clones, `count` in all, or as many as rotating past the caches needs."""
+    count = count or copy_count(weight.nbytes, device)
     return [weight] + [weight.clone() for _ in range(count - 1)]

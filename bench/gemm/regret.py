@@ -6,6 +6,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from gemm.cost_model import MULTIPROCESSORS, Model, choice
 from gemm.tables import row, run_line
 
 AUTO = "auto"  # the op's own choice in a result file
@@ -62,8 +63,7 @@ def chosen_anew(results: dict) -> dict:
     medians where a file holds several runs; the measured times of the op's own choice, which an
     older model made, are left out.
     """
-    from spense_kernels import _C  # a sweep needs the CUDA library alone
-
+    model = Model.read()
     forced: dict[tuple, list[dict]] = {}
     for entry in results["configs"]:
         if entry["config"] != AUTO:
@@ -72,7 +72,8 @@ def chosen_anew(results: dict) -> dict:
     configs = []
     for key, entries in forced.items():
         device = results["runs"][entries[0]["run"]]["device"]
-        found = _C.sm90.estimate(*key[:4], device.get("multiprocessors", 132))["config"]
+        m, n, k, packed, *_ = key
+        found = choice(model, n, k, m, packed, device.get("multiprocessors", MULTIPROCESSORS))
         times: dict[str, list[float]] = {}
         for entry in entries:
             times.setdefault(entry["config"], []).append(entry["us"])

@@ -2,7 +2,7 @@
 """What is timed: our op and what a user would pick instead, each on its own copies of a weight.
 
 A rival holds the copies; `calls(m)` gives one call a copy, on fresh activations. Products come out
-as bf16 [m, n] in rows.
+as bf16 [m, n] in rows. `count` copies where they are not to be rotated past the caches.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from spense_kernels.format import Split
 from spense_kernels.layout import ceil_div
 
 BF16 = torch.bfloat16
+# cuSPARSELt's part is a multiple of so many columns. Of 4480 (an odd multiple of 128) it died with
+# an illegal access; everything else that was ever timed was a multiple of 256.
+SPARSE_COLUMNS = 256
 
 
 class Spense:
     """hybrid_gemm: the tile stream at dense fraction d."""
 
-    def __init__(self, layer: Layer, d: float, device: torch.device):
+    def __init__(self, layer: Layer, d: float, device: torch.device, count: int | None = None):
         self.layer, self.device = layer, device
         self.split = Split.from_fraction(layer.n, layer.k, d)
-        self.streams = copies(tile_stream(self.split, device), device)
+        self.streams = copies(tile_stream(self.split, device), device, count)
         self.tiles = tiles_of(self.split, device)
         self.w_scale = torch.rand(layer.n, device=device) + 0.5
 
@@ -68,10 +71,10 @@ def hinted(calls: Sequence[Call]) -> list[Call]:
 class CublasLt:
     """torch._scaled_mm in FP8 with fast accumulation, one scale for all or one a row."""
 
-    def __init__(self, layer: Layer, device: torch.device):
+    def __init__(self, layer: Layer, device: torch.device, count: int | None = None):
         self.layer, self.device = layer, device
         weight = random_fp8(layer.n, layer.k, device=device).view(torch.float8_e4m3fn)
-        self.weights = copies(weight, device)
+        self.weights = copies(weight, device, count)
 
     def calls(self, m: int, by_row: bool = False) -> list[Call]:
         x = random_x(m, self.layer.k, self.device)
@@ -181,6 +184,11 @@ class CusparseLt:
         if not usable(self.device):
             raise DeviceLost([f"{self.shape}:{choice[0]}"])
         return why
+
+
+def sparse_columns(split: Split) -> int:
+    """Columns of two libraries' sparse part, for one dense width in every tile."""
+    return round((split.k - split.widths[0]) / SPARSE_COLUMNS) * SPARSE_COLUMNS
 
 
 class TwoLibrary:

@@ -39,6 +39,7 @@ MODELS = {
     ),
 }
 TOKENS = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
+HUNGRY_TOKENS = 1024  # from here on clocks fall, which slows all runs of a problem
 
 # Shapes that a fit of the cost model leaves out by default. HELD_OUT has been part of some fits
 # all the same, UNSEEN never: bench/refit.py's judge is what it has not seen.

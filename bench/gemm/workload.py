@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from gemm.ceiling import Copy
 from gemm.copy_stream import RINGS
 from gemm.lost import DeviceLost, usable
-from gemm.rivals import BFloat16, CublasLt, CusparseLt, Spense, TwoLibrary
+from gemm.rivals import BFloat16, CublasLt, CusparseLt, Spense, TwoLibrary, sparse_columns
 from gemm.shapes import Layer
 from gemm.timing import Call, Recorder
 from spense_kernels.format import Split
@@ -31,9 +31,6 @@ MAIN_DENSE = 0.25
 AT_DENSE = {0.0: ("cusparselt",), 1.0: ("cublas_row",)}
 BETWEEN = ("two_library", "two_library_add")
 COPY_TOKENS = 64  # above, nothing is bound by the copy
-# cuSPARSELt's part is a multiple of so many columns. Of 4480 (an odd multiple of 128) it died with
-# an illegal access; everything else that was ever timed was a multiple of 256.
-SPARSE_COLUMNS = 256
 
 
 class Workload:
@@ -122,17 +119,13 @@ class Workload:
 
     def _meant(self, name: str, m: int) -> bool:
         """Two libraries make sense only where both have work, a copy where bytes are the limit."""
-        if name.startswith("two_library") and not 0 < self._sparse_columns() < self.layer.k:
+        if name.startswith("two_library") and not 0 < sparse_columns(self.split) < self.layer.k:
             return False
         if name in (*RINGS, "spense_no_hint") and m > COPY_TOKENS:
             return False
         if self.d == MAIN_DENSE or self.every_rival:
             return True
         return name in ("spense", "cublas_tensor", *AT_DENSE.get(self.d, BETWEEN))
-
-    def _sparse_columns(self) -> int:
-        exact = self.layer.k - self.split.widths[0]
-        return round(exact / SPARSE_COLUMNS) * SPARSE_COLUMNS
 
     def _get(self, key: str, make: type, **kwargs) -> object:
         if key not in self._made:
@@ -143,7 +136,7 @@ class Workload:
         return self._get("spense", Spense, d=self.d)
 
     def _two(self, add: bool) -> TwoLibrary:
-        columns = self._sparse_columns()
+        columns = sparse_columns(self.split)
         sparse = self._sparse("sparse_part", columns)
         if "dense_part" not in self._made:
             rest = Layer("", "", self.layer.n, self.layer.k - columns)
