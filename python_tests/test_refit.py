@@ -38,8 +38,8 @@ def results(model, noise: float = 0.0) -> dict:
                 shape = {"layer": f"{n}x{k}", "n": n, "k": k, "m": m, "dense": d, "run": 0}
                 for name, config in instances().items():
                     facts = facts_of(config, n, k, m, packed, 132)
-                    for mode in ("whole",) if config.splits > 1 else ("whole", "stream"):
-                        us = estimate(model.device, *model.config[name], mode == "stream", facts)
+                    for at, mode in enumerate(config.modes()):
+                        us = estimate(model.device, *model.config[name], at, facts)
                         us = float(us * np.exp(noise * chance.standard_normal()))
                         run = {"config": f"{name}:{mode}", "us": us, "packed_bytes": packed}
                         entries.append(shape | run)
@@ -48,7 +48,7 @@ def results(model, noise: float = 0.0) -> dict:
 
 def test_the_formula_is_that_of_the_product(refit, tmp_path):
     """The op's own choice is the run with the least estimate, in as many microseconds."""
-    from gemm.cost_model import choice, instances
+    from gemm.cost_model import MODES, choice, instances
 
     model = refit.Model.read()
     assert list(model.config) == list(instances()) == _C.sm90.configs()
@@ -62,7 +62,7 @@ def test_the_formula_is_that_of_the_product(refit, tmp_path):
         here = runs.shape == number
         assert estimates[here].min() == pytest.approx(found["us"], rel=1e-9)
         best = np.flatnonzero(here)[estimates[here].argmin()]
-        mode = "stream" if runs.stream[best] else "whole"
+        mode = MODES[runs.mode[best]]
         assert found["config"] == f"{runs.names[runs.config[best]]}:{mode}"
         packed = Split.from_fraction(n, k, d).packed_bytes
         assert choice(model, n, k, m, packed, 132) == found["config"]

@@ -18,7 +18,9 @@ HEURISTICS = Path(__file__).resolve().parents[2] / "csrc" / "heuristics"
 COSTS, FORMULA = HEURISTICS / "sm90_costs.def", HEURISTICS / "cost.cpp"
 # Constants of the device in cost.cpp, in the order of a parameter vector.
 DEVICE = ("kDramBytesPerUs", "kL2BytesPerUs", "kLaunchUs", "kStreamLaunch", "kExponent")
-DEVICE += ("kReread", "kEmpty", "kSpread", "kCompany")
+DEVICE += ("kReread", "kEmpty", "kSpread", "kCompany", "kTailFixup")
+MODES = ("whole", "stream", "tail")  # heuristics::Mode
+MAX_PIECES = 8  # of a tile of the last round
 L2_BYTES = 40e6
 OF_CONFIG = ("sparse", "dense", "tile", "fix-up")  # microseconds, in sm90_costs.def
 LEAST = 0.05  # of any constant, which is fitted as a logarithm
@@ -40,6 +42,15 @@ class Config:
         own = 8 * ceil_div(self.tokens // 8, self.splits)
         store = 32 if own % 32 == 0 else 16 if own % 16 == 0 else 8
         return ceil_div(ceil_div(m, tiles), unit := max(8 * self.cluster_rows, store)) * unit
+
+    def modes(self) -> tuple[str, ...]:
+        return MODES[:1] if self.splits > 1 else MODES if self.tokens > 64 else MODES[:2]
+
+    def pieces(self, tiles: int, slots: int, k_blocks: int) -> int:
+        """Of a tile of a last round that is cut, as heuristics::schedule; 0: none is."""
+        left = tiles % slots
+        pieces = min(slots // left, MAX_PIECES, (k_blocks + 1) // 2 // 2) if left else 0
+        return pieces if tiles >= slots and pieces >= 2 else 0
 
     def slots(self, multiprocessors: int) -> int:
         """Clusters at a time, as gemm.cpp guesses them where no device can be asked."""
@@ -106,7 +117,7 @@ class Runs:
     us: np.ndarray
     shape: np.ndarray
     config: np.ndarray
-    stream: np.ndarray
+    mode: np.ndarray  # places in MODES
     facts: dict[str, np.ndarray]
     shapes: list[tuple] = field(default_factory=list)  # (layer, n, k, m, dense, file and run)
     auto: dict[int, float] = field(default_factory=dict)  # shape -> us of the op's own choice
@@ -114,11 +125,11 @@ class Runs:
     def estimate(self, model: Model) -> np.ndarray:
         """estimate_us of cost.cpp for every run."""
         of_config = np.array([model.config[name] for name in self.names])[self.config]
-        return estimate(model.device, *of_config.T, self.stream, self.facts)
+        return estimate(model.device, *of_config.T, self.mode, self.facts)
 
     def only(self, keep: np.ndarray) -> Runs:
         facts = {name: values[keep] for name, values in self.facts.items()}
-        arrays = (self.us[keep], self.shape[keep], self.config[keep], self.stream[keep])
+        arrays = (self.us[keep], self.shape[keep], self.config[keep], self.mode[keep])
         return Runs(self.names, *arrays, facts, self.shapes, self.auto)
 
 
@@ -130,13 +141,13 @@ def facts_of(
     sparse = (4 * row_tiles * blocks - packed_bytes // BLOCK_BYTES) // 3 / row_tiles
     token_tiles = ceil_div(m, config.tokens)
     x_rows = ceil_div(row_tiles, config.row_tiles) * m
-    size = config.cluster_rows * config.splits
+    size, slots = config.cluster_rows * config.splits, config.slots(multiprocessors)
+    tiles = ceil_div(row_tiles, config.row_tiles * config.cluster_rows) * token_tiles
     return {
         "sparse": sparse / config.splits,
         "dense": (blocks - 2 * sparse) / config.splits,
-        "rounds": ceil_div(row_tiles, config.row_tiles * config.cluster_rows)
-        * token_tiles
-        / config.slots(multiprocessors),
+        "rounds": tiles / slots,
+        "pieces": config.pieces(tiles, slots, blocks),
         "tickets": size == 1,
         "company": size - 1 if token_tiles > 1 else 0,
         "token_tiles": token_tiles,
@@ -147,13 +158,18 @@ def facts_of(
     }
 
 
-def estimate(device: dict, sparse, dense, tile, fixup, stream, facts: dict) -> np.ndarray:
-    rounds, token_tiles = facts["rounds"], facts["token_tiles"]
+def estimate(device: dict, sparse, dense, tile, fixup, mode, facts: dict) -> np.ndarray:
+    rounds, token_tiles, pieces = facts["rounds"], facts["token_tiles"], facts["pieces"]
+    stream = np.equal(mode, MODES.index("stream"))
+    tail = np.equal(mode, MODES.index("tail")) & np.greater(pieces, 0)
     units_us = facts["sparse"] * sparse + facts["dense"] * dense
     units_us = units_us * (1 - device["kEmpty"] * (1 - facts["filled"]))
     full = np.ceil(rounds)
     cut = rounds * units_us + full * tile + fixup
-    work = np.where(stream, cut, np.maximum(1, rounds) * (units_us + tile))
+    last = (full - 1 + 1 / np.maximum(1, pieces)) * units_us + full * tile
+    last = last + device["kTailFixup"] * fixup
+    whole = np.maximum(1, rounds) * (units_us + tile)
+    work = np.where(stream, cut, np.where(tail, last, whole))
     again = device["kReread"] * np.maximum(0, facts["operands"] - L2_BYTES) * (token_tiles - 1)
     dram = (facts["once"] + np.where(stream, again, 0)) / device["kDramBytesPerUs"]
     l2 = facts["l2"] / device["kL2BytesPerUs"]
@@ -161,7 +177,7 @@ def estimate(device: dict, sparse, dense, tile, fixup, stream, facts: dict) -> n
     us = (work**power + dram**power + l2**power) ** (1 / power)
     ahead = np.where(facts["tickets"], device["kSpread"] * us, 0)
     lacking = np.maximum(0, (full - rounds) * (units_us + tile) - ahead)
-    us = us + np.where(~np.asarray(stream, bool) & (rounds > 1), lacking, 0)
+    us = us + np.where(~stream & ~tail & (rounds > 1), lacking, 0)
     us = us * (1 + device["kCompany"] * facts["company"])
     return us + device["kLaunchUs"] * np.where(stream, device["kStreamLaunch"], 1)
 
@@ -171,14 +187,9 @@ def choice(model: Model, n: int, k: int, m: int, packed_bytes: int, multiprocess
     us = {}
     for name, config in instances().items():
         facts = facts_of(config, n, k, m, packed_bytes, multiprocessors)
-        for mode in modes(config):
-            costs = model.config[name]
-            us[f"{name}:{mode}"] = estimate(model.device, *costs, mode == "stream", facts)
+        for at, mode in enumerate(config.modes()):
+            us[f"{name}:{mode}"] = estimate(model.device, *model.config[name], at, facts)
     return min(us, key=us.__getitem__)
-
-
-def modes(config: Config) -> tuple[str, ...]:
-    return ("whole",) if config.splits > 1 else ("whole", "stream")
 
 
 def tile_name(config: str) -> str:
@@ -216,12 +227,12 @@ def read_runs(paths: list[Path]) -> Runs:
         _, n, k, m, *_ = key
         for at, (name, config) in enumerate(known.items()):
             facts = facts_of(config, n, k, m, times["bytes"], multiprocessors)
-            for mode in modes(config):
+            for number_of_mode, mode in enumerate(config.modes()):
                 us = times.get((name, mode), np.nan)
-                rows.append((us, number[key], at, mode == "stream", *facts.values()))
+                rows.append((us, number[key], at, number_of_mode, *facts.values()))
     if not rows:
         raise SystemExit("refit: expected forced runs of today's configs, got none")
     columns = list(zip(*rows, strict=True))
-    us, shape, config, stream = (np.array(c) for c in columns[:4])
+    us, shape, config, mode = (np.array(c) for c in columns[:4])
     arrays = dict(zip(facts, (np.array(c, dtype=float) for c in columns[4:]), strict=True))
-    return Runs(names, us, shape, config, stream, arrays, shapes, auto)
+    return Runs(names, us, shape, config, mode, arrays, shapes, auto)
