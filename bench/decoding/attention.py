@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-LAUNCHES = 16
+LAUNCHES = 8  # at least, and over so many bytes that no L2 holds them
+CACHED_BYTES = 128 << 20
 TRIED_IN_A_STEP = 5
 NEARLY = 1.35  # of the fastest alone, in time
 SPLITS = (1, 2, 4, 8, 16, 32)
@@ -57,12 +59,12 @@ def candidates(
         return {"widened": widened}
     found: dict[str, Attention] = {}
     if not causal:
-        kernels = own_kernels()
-        for splits in SPLITS if kernels else ():
+        own = own_kernels("split_kv")
+        for splits in SPLITS if own else ():
             if splits == 1 or (context % splits == 0 and context // splits >= LEAST_CHUNK):
-                for tile in kernels.TILES[fp8]:
-                    name = f"triton, {splits} splits, {tile.block} places, {tile.warps} warps"
-                    found[name] = partial(kernels.attend, splits, tile)
+                for tile in own.TILES[fp8]:
+                    name = f"triton, {splits} splits, {tile}"
+                    found[name] = partial(own.attend, splits, tile)
     if not fp8:
         found["flash"] = partial(sdpa, SDPBackend.FLASH_ATTENTION, causal)
         found["cudnn"] = partial(sdpa, SDPBackend.CUDNN_ATTENTION, causal)
@@ -70,14 +72,13 @@ def candidates(
 
 
 @cache
-def own_kernels() -> ModuleType | None:
-    """decoding.kernels, or None with a word where there is no Triton."""
+def own_kernels(name: str) -> ModuleType | None:
+    """The module of `decoding`, or None with a word where there is no Triton."""
     try:
-        from decoding import kernels
+        return import_module(f"decoding.{name}")
     except ImportError as problem:
         print(f"without own kernels: {problem}", flush=True)
         return None
-    return kernels
 
 
 def fastest(
@@ -130,7 +131,7 @@ def _recordings(
     faults: list[str],
 ) -> dict[str, Recording]:
     found = {}
-    layers = memory[:LAUNCHES]
+    layers = memory[: max(LAUNCHES, -(-CACHED_BYTES // (2 * memory[0][0].nbytes)))]
     for name, attention in options.items():
         try:
             attention(q, *memory[0])

@@ -173,7 +173,7 @@ class Step:
         self.tokens = torch.randperm(shape.vocabulary, generator=seeded)[:rows].to(device)
         self.chosen = torch.zeros(self.cache.batch, dtype=torch.int64, device=device)
         self.cos, self.sin = rotary(shape, self.positions)
-        kernels = own_kernels() if self.fused else None
+        kernels = own_kernels("kernels") if self.fused else None
         self.store: Callable = kernels.split_and_store if kernels else split_and_store
 
     def run(self, parts: tuple[str, ...] = PARTS, without: tuple[str, ...] = ()) -> None:
