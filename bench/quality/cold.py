@@ -21,7 +21,7 @@ from session import SENSITIVITY, add_options, open_session
 from targets import best
 
 from spense_kernels.prune import collect_statistics, prune_model, shallow_clone
-from spense_kernels.prune.store import write_atomic
+from spense_kernels.prune.store import write_text
 
 INTERVAL = 0.004  # seconds between two looks
 OWN = "spense_kernels/"
@@ -106,7 +106,7 @@ def main() -> None:
         for name, found in (("first", cold), ("second", warm))
     }
     result |= {"dense_fraction": options.fraction, "seconds": seconds}
-    write_atomic(options.out, (json.dumps(result, indent=1) + "\n").encode())
+    write_text(options.out, json.dumps(result, indent=1) + "\n")
     print(f"{'phase':20} {'first':>7} {'second':>7}")
     for name, seconds in sorted(cold.items(), key=lambda x: -x[1]):
         print(f"{name:20} {seconds:7.2f} {warm.get(name, 0.0):7.2f}")
