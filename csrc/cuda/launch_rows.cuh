@@ -66,8 +66,7 @@ void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, 
     constexpr int kVectors = Source::kManyVectors;
     if constexpr (Source::kMaxRows >= 4) {
       if (rows.m >= 12 * multiprocessors) {
-        return narrow ? launch_held<Source, 4, kVectors, kNarrow / kVectors, kVectors, true>(
-                            source, rows, 1, stream)
+        return narrow ? launch_held<Source, 4, 1, kNarrow, kVectors, true>(source, rows, 1, stream)
                       : launch_held<Source, 4, kVectors, kMost / kVectors, 1, true>(source, rows, 1,
                                                                                     stream);
       }

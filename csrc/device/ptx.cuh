@@ -91,6 +91,21 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t
       : "memory");
 }
 
+// Writes a word at the same offset in the CTA `rank` of the cluster and counts its 4 bytes at a
+// barrier there.
+__device__ __forceinline__ void store_remote(uint32_t address, uint32_t v, uint32_t barrier,
+                                             uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 to, remote;\n"
+      "mapa.shared::cluster.u32 to, %0, %3;\n"
+      "mapa.shared::cluster.u32 remote, %2, %3;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [to], %1, [remote];\n"
+      "}" ::"r"(address),
+      "r"(v), "r"(barrier), "r"(rank)
+      : "memory");
+}
+
 // Waits for the completion of the phase with this parity.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(

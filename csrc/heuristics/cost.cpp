@@ -28,16 +28,16 @@ constexpr size_t kInstances = 0
 static_assert(std::size(kCosts) == kInstances, "every instance has its costs");
 
 // Of the device, by the same fit: the rates that its limits seem to have in this formula.
-constexpr double kDramBytesPerUs = 3.062e6, kL2BytesPerUs = 15.808e6, kLaunchUs = 0.915;
-constexpr double kStreamLaunch = 1.571;  // a stream-K launch against another
-constexpr double kTailFixup = 0.627;     // of the fix-up, where a last round's tiles alone are cut
-constexpr double kExponent = 1.913;      // how the limits add up: 1 would be one after another
-constexpr double kL2Bytes = 40e6, kReread = 0.052;  // cut tiles read again what L2 does not hold
+constexpr double kDramBytesPerUs = 3.124e6, kL2BytesPerUs = 14.067e6, kLaunchUs = 1.059;
+constexpr double kStreamLaunch = 1.323;  // a stream-K launch against another
+constexpr double kTailFixup = 0.704;     // of the fix-up, where a last round's tiles alone are cut
+constexpr double kExponent = 2.054;      // how the limits add up: 1 would be one after another
+constexpr double kL2Bytes = 40e6, kReread = 0.100;  // cut tiles read again what L2 does not hold
 // Of a unit's time, where a tile holds none of the tokens that it could: it copies fewer rows of x.
-constexpr double kEmpty = 0.068;
-constexpr double kSpread = 0.078;  // of the time: how much earlier than the last the first CTAs end
+constexpr double kEmpty = 0.042;
+constexpr double kSpread = 0.080;  // of the time: how much earlier than the last the first CTAs end
 // For each CTA that a cluster waits for beside itself, where several clusters read a weight.
-constexpr double kCompany = 0.055;
+constexpr double kCompany = 0.050;
 
 const Cost& cost(const GemmConfig& config) {
   return *std::find_if(std::begin(kCosts), std::end(kCosts),

@@ -46,6 +46,7 @@ inline constexpr int kSmemPerCta = 227 * 1024;
 inline constexpr int kBarrierBytes = 8;
 inline constexpr int kJobStages = 4;  // segments that the weight warp may be ahead
 inline constexpr int kJobBytes = 32;
+inline constexpr int kTicketStages = 2;  // tickets that a cluster's first CTA may be ahead
 inline constexpr int kMaxSplits = 4;
 inline constexpr int kWStageBytes = format::kSparseUnitBytes;
 
@@ -88,8 +89,9 @@ constexpr int tile_tokens(const GemmConfig& c, int64_t m) {
 constexpr int smem_bytes(const GemmConfig& c) {
   const int w_slots = c.row_tiles * c.w_stages;
   return w_slots * kWStageBytes + c.x_stages * x_stage_bytes(c) +
-         2 * (w_slots + c.x_stages + kJobStages) * kBarrierBytes + kJobStages * kJobBytes +
-         kConsumerWarpgroups * (4 + kMaxSplits * kBarrierBytes) + staging_bytes(c);
+         2 * (w_slots + c.x_stages + kJobStages + kTicketStages) * kBarrierBytes +
+         kJobStages * kJobBytes + kConsumerWarpgroups * (4 + kMaxSplits * kBarrierBytes) +
+         kTicketStages * 4 + staging_bytes(c);
 }
 // Arrivals that complete a phase of each barrier.
 constexpr int w_full_arrivals() { return 1; }
@@ -100,6 +102,8 @@ constexpr int w_empty_arrivals(const GemmConfig& c) {  // one a warp that reads 
 constexpr int x_empty_arrivals(const GemmConfig& c) {
   return kConsumerWarpgroups * 4 * c.cluster_rows;
 }
+constexpr int ticket_full_arrivals() { return 1; }
+constexpr int ticket_empty_arrivals(const GemmConfig& c) { return std::max(1, cluster_size(c) - 1); }
 constexpr int job_full_arrivals() { return 1; }
 constexpr int job_empty_arrivals() { return kConsumerWarpgroups * 4 + 1; }  // and the x warp
 

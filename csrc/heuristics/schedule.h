@@ -64,9 +64,7 @@ SPENSE_HD constexpr int32_t blocks_of_steps(int32_t step, int32_t sparse_units, 
 
 // Whole tiles behind the first of each cluster go to whoever is free: not every multiprocessor gets
 // the same share of the bandwidth.
-SPENSE_HD constexpr bool by_tickets(const ScheduleParams& p, int32_t cluster_ctas) {
-  return cluster_ctas == 1 && p.whole > p.clusters;
-}
+SPENSE_HD constexpr bool by_tickets(const ScheduleParams& p) { return p.whole > p.clusters; }
 
 inline constexpr int kWalkShare = 1024;
 

@@ -36,6 +36,13 @@ __device__ void init_barriers(uint32_t smem) {
     ptx::barrier_init(smem + T::kJobFull + 8 * i, heuristics::job_full_arrivals());
     ptx::barrier_init(smem + T::kJobEmpty + 8 * i, heuristics::job_empty_arrivals());
   }
+  if constexpr (T::kClusterSize > 1) {
+    for (int i = 0; i < T::kTicketStages; ++i) {
+      ptx::barrier_init(smem + T::kTicketFull + 8 * i, heuristics::ticket_full_arrivals());
+      ptx::barrier_init(smem + T::kTicketEmpty + 8 * i,
+                        heuristics::ticket_empty_arrivals(T::kConfig));
+    }
+  }
   if constexpr (T::kSplits > 1) {
     for (int i = 0; i < heuristics::kConsumerWarpgroups * heuristics::kMaxSplits; ++i) {
       ptx::barrier_init(smem + T::kExchanged + 8 * i, 1);
@@ -61,25 +68,57 @@ __device__ __forceinline__ void done(JobRing<T>& jobs) {
   jobs.done(ptx::lane_id() == 0);
 }
 
-// Gives out the whole tiles behind the first of each CTA. The counter is back to 0 when every CTA
-// has been told that there are no more; the kernel ahead may use it till its end. Not for clusters
-// of several CTAs.
+// Gives out the whole tiles behind the first of each cluster, whose first CTA takes a ticket and
+// tells the others. The counter is back to 0 when every cluster has been told that there are no
+// more; the kernel ahead may use it till its end. For one warp of each CTA.
+template <class T>
 class Tickets {
  public:
-  __device__ explicit Tickets(const Params& p) : p_(p) {}
+  __device__ Tickets(const Params& p, uint32_t smem) : p_(p), smem_(smem) {}
 
   __device__ int take() {
-    if (!waited_) ptx::grid_dependency_wait();
-    waited_ = true;
-    const heuristics::ScheduleParams& s = p_.schedule;
-    uint32_t* counter = p_.counters + s.clusters * heuristics::kConsumerWarpgroups;
     uint32_t ticket = 0;
-    if (ptx::lane_id() == 0) ticket = ptx::atomic_ticket(counter, s.whole - 1);
-    return s.clusters + static_cast<int>(__shfl_sync(~0u, ticket, 0));
+    if (T::kClusterSize == 1 || ptx::cluster_rank() == 0) {
+      if (!waited_) ptx::grid_dependency_wait();
+      waited_ = true;
+      const heuristics::ScheduleParams& s = p_.schedule;
+      uint32_t* counter = p_.counters + s.clusters * T::kClusterSize * heuristics::kConsumerWarpgroups;
+      if (ptx::lane_id() == 0) ticket = ptx::atomic_ticket(counter, s.whole - 1);
+      ticket = __shfl_sync(~0u, ticket, 0);
+      if constexpr (T::kClusterSize > 1) tell(ticket);
+    } else {
+      ticket = hear();
+    }
+    return p_.schedule.clusters + static_cast<int>(ticket);
   }
 
  private:
+  __device__ void tell(uint32_t ticket) {
+    ptx::barrier_wait(smem_ + T::kTicketEmpty + 8 * at_.slot, at_.parity ^ 1);
+    __syncwarp();
+    const uint32_t rank = ptx::lane_id();
+    if (rank > 0 && rank < T::kClusterSize) {
+      ptx::store_remote(word(), ticket, smem_ + T::kTicketFull + 8 * at_.slot, rank);
+    }
+    at_.advance();
+  }
+  __device__ uint32_t hear() {
+    const uint32_t full = smem_ + T::kTicketFull + 8 * at_.slot;
+    if (ptx::lane_id() == 0) ptx::barrier_arrive_expect(full, 4);
+    ptx::barrier_wait_cluster(full, at_.parity);
+    const uint32_t ticket = ptx::load_shared(word());
+    __syncwarp();
+    if (ptx::lane_id() == 0) {
+      ptx::barrier_arrive_remote(smem_ + T::kTicketEmpty + 8 * at_.slot, 0);
+    }
+    at_.advance();
+    return ticket;
+  }
+  __device__ uint32_t word() const { return smem_ + T::kTicketWords + 4 * at_.slot; }
+
   const Params& p_;
+  uint32_t smem_;
+  Cursor<T::kTicketStages> at_;
   bool waited_ = false;
 };
 
@@ -92,8 +131,8 @@ __device__ __forceinline__ void load_weights(const Params& p, uint32_t smem, Job
                                                              T::kSplits);
   heuristics::Segment segment;
   WeightLoader<T> loader(p, smem);
-  const bool by_tickets = heuristics::by_tickets(p.schedule, T::kClusterSize);
-  Tickets tickets(p);
+  const bool by_tickets = heuristics::by_tickets(p.schedule);
+  Tickets<T> tickets(p, smem);
   const auto following = [&] { return by_tickets ? tickets.take() : schedule.following(); };
   while (schedule.next(segment, following)) {
     loader.load(segment.group * kGroup + row * T::kRowTiles, segment, jobs);

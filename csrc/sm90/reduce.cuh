@@ -116,7 +116,7 @@ class Partials {
 
   __device__ Partials(const Params& p, uint32_t smem, int cluster, int rank, int warpgroup)
       : p_(p),
-        ticket_(smem + T::kTickets + 4 * warpgroup),
+        found_(smem + T::kArrived + 4 * warpgroup),
         cluster_(cluster),
         rank_(rank),
         warpgroup_(warpgroup) {}
@@ -133,9 +133,9 @@ class Partials {
   // What thread 0 finds, told to the warpgroup.
   template <class Find>
   __device__ uint32_t share(Find find) const {
-    if (thread() == 0) ptx::store_shared(ticket_, find());
+    if (thread() == 0) ptx::store_shared(found_, find());
     ptx::named_barrier_sync(1 + warpgroup_, 128);
-    const uint32_t found = ptx::load_shared(ticket_);
+    const uint32_t found = ptx::load_shared(found_);
     ptx::named_barrier_sync(1 + warpgroup_, 128);
     return found;
   }
@@ -157,7 +157,7 @@ class Partials {
   }
 
   const Params& p_;
-  uint32_t ticket_;
+  uint32_t found_;
   int cluster_, rank_, warpgroup_;
 };
 

@@ -74,7 +74,9 @@ struct Traits {
   //   x ring      kXStages x kXBlocks x tokens * 128   blocks of 128 columns (128-byte swizzle)
   //   barriers    w_full, w_empty, x_full, x_empty, job_full, job_empty
   //   jobs        kJobStages x 32
-  //   tickets     one word a consumer warpgroup, for the fix-up
+  //   exchanged   barriers, for splits of K
+  //   tickets     barriers and kTicketStages words: whole tiles that the cluster gets next
+  //   arrived     one word a consumer warpgroup, for the fix-up
   static constexpr int kWStageBytes = heuristics::kWStageBytes;
   static constexpr int kXStageBytes = heuristics::x_stage_bytes(kConfig);
   static constexpr int kXBlockBytes = kXStageBytes / kXBlocks;
@@ -96,10 +98,14 @@ struct Traits {
   static constexpr int kJobEmpty = kJobFull + 8 * kJobStages;
   static constexpr int kJobs = kJobEmpty + 8 * kJobStages;
   static constexpr int kExchanged = kJobs + heuristics::kJobBytes * kJobStages;
-  static constexpr int kTickets =
+  static constexpr int kTicketStages = heuristics::kTicketStages;
+  static constexpr int kTicketFull =
       kExchanged + 8 * heuristics::kConsumerWarpgroups * heuristics::kMaxSplits;
+  static constexpr int kTicketEmpty = kTicketFull + 8 * kTicketStages;
+  static constexpr int kTicketWords = kTicketEmpty + 8 * kTicketStages;
+  static constexpr int kArrived = kTicketWords + 4 * kTicketStages;
   static_assert(kJobs % 16 == 0);
-  static constexpr int kSmemBytes = kTickets + 4 * heuristics::kConsumerWarpgroups;
+  static constexpr int kSmemBytes = kArrived + 4 * heuristics::kConsumerWarpgroups;
   static_assert(kSmemBytes == heuristics::smem_bytes(kConfig));
   static_assert(kWStageBytes % 1024 == 0 && kXStageBytes % 1024 == 0, "the swizzle's period");
 };

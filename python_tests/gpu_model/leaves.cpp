@@ -156,6 +156,12 @@ uint32_t remote_smem(uint32_t smem, uint32_t rank) {
   return Machine::offset_of(smem) | rank << 24;
 }
 
+void store_remote(uint32_t address, uint32_t v, uint32_t barrier, uint32_t rank) {
+  std::memcpy(machine().shared_for_write(remote_smem(address, rank), 4), &v, 4);
+  const uint32_t remote = remote_smem(barrier, rank);
+  machine().arrive(machine().owner(remote), Machine::offset_of(remote), 0, 0, 4);
+}
+
 void bulk_copy(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier, uint64_t) {
   if (smem % 16 || bytes % 16 || bytes == 0 || reinterpret_cast<uintptr_t>(global) % 16) {
     fail("a bulk copy of %u bytes to %#x is not aligned", bytes, smem);

@@ -31,6 +31,7 @@ inline void barrier_init_fence() {}
 void barrier_arrive(uint32_t barrier);
 void barrier_arrive_expect(uint32_t barrier, uint32_t bytes);
 void barrier_arrive_remote(uint32_t barrier, uint32_t rank);
+void store_remote(uint32_t address, uint32_t v, uint32_t barrier, uint32_t rank);
 void barrier_wait(uint32_t barrier, uint32_t parity);
 inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   barrier_wait(barrier, parity);
