@@ -33,7 +33,7 @@ def measured():
 
 
 def test_the_estimate_is_near_what_was_measured():
-    """Decode on an H100, 0, 25 and 100 % dense: estimates are 12.5 % below to 11.1 % above.
+    """Decode on an H100, 0, 25 and 100 % dense: estimates are 12.4 % below to 12.1 % above.
 
     They were fitted to what a layer adds among a model's others, more than it takes among its like.
     """
@@ -144,7 +144,8 @@ def test_cut_tiles_get_as_many_pieces_each_where_that_keeps_nearly_all_busy():
     assert dealt(128, 5120, 25600, large) == (120, 0, 0)
     # 70 tiles: one piece each would leave half of them idle, so pieces cross the edges of tiles.
     clusters, whole, skew = dealt(16, 70 * 128, 25600, small)
-    assert (clusters, whole) == (132, 0) and skew > 0
+    assert (clusters, whole) == (132, 0)
+    assert skew > 0
     assert dealt(128, 70 * 128, 25600, large) == (132, 0, 0)
     # More tiles than multiprocessors: whole rounds come first.
     assert dealt(128, 300 * 128, 8192, large)[1] == 132

@@ -28,7 +28,7 @@ constexpr size_t kInstances = 0
 static_assert(std::size(kCosts) == kInstances, "every instance has its costs");
 
 // Of the device, by the same fit: the rates that its limits seem to have in this formula.
-constexpr double kDramBytesPerUs = 3.194e6, kL2BytesPerUs = 14.739e6, kLaunchUs = 1.029;
+constexpr double kDramBytesPerUs = 3.327e6, kL2BytesPerUs = 15.353e6, kLaunchUs = 0.988;
 constexpr double kStreamLaunch = 1.455;  // a stream-K launch against another
 constexpr double kExponent = 2.126;      // how the limits add up: 1 would be one after another
 constexpr double kL2Bytes = 40e6, kReread = 0.050;  // cut tiles read again what L2 does not hold
