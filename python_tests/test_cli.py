@@ -347,6 +347,25 @@ def test_finetune_makes_a_closer_checkpoint(place, tmp_path):
     assert again.exit_code == 0, again.output
 
 
+def test_finetune_layer_by_layer(place, tmp_path):
+    args = (
+        "finetune", place / "pruned", "--teacher", place / "dense", "--out", tmp_path / "tuned",
+        "--calibration", place / "text.txt", *SMALL, "--layerwise", "--batch", 2, "--lr", 3e-4,
+    )  # fmt: skip
+    done = spense(*args, "--steps", 12)
+    assert done.exit_code == 0, done.output
+    assert "relative error of a decoder layer's output" in done.output
+    assert spense("verify", tmp_path / "tuned").exit_code == 0
+    found = json.loads(spense("inspect", tmp_path / "tuned", "--json").stdout)
+    errors = found["provenance"]["finetune"]["layer_errors"]
+    assert all(after < before for before, after in errors)
+    for more in (("--minutes", 1), ("--splice", 2), ("--work-dir", tmp_path / "work")):
+        done = spense(*args, "--force", *more)
+        assert done.exit_code == 2
+        assert f"--layerwise: expected no {more[0]}" in done.output
+    assert not (tmp_path / "work").exists()
+
+
 def test_finetune_tells_a_mistake(place, tmp_path):
     out = ("--out", tmp_path / "tuned")
     done = spense("finetune", place / "dense", "--teacher", place / "dense", *out)

@@ -11,7 +11,13 @@ import torch
 from spense_kernels.checkpoint import save_checkpoint
 from spense_kernels.cli.pruning import load as load_teacher
 from spense_kernels.errors import UserError
-from spense_kernels.finetune import FinetuneConfig, finetune, finish_student, make_student
+from spense_kernels.finetune import (
+    FinetuneConfig,
+    finetune,
+    finish_student,
+    make_student,
+    reconstruct,
+)
 from spense_kernels.models import LoadedModel, is_spense_checkpoint, load_any, need
 from spense_kernels.progress import Bars
 from spense_kernels.prune.statistics import describe_calibration
@@ -52,30 +58,44 @@ def run(
     out: Path,
     force: bool,
     text_name: str,
+    layerwise: bool,
 ) -> dict:
     """Fine-tune, save, and return what `--json` prints."""
     import accelerate
 
     accelerator = accelerate.Accelerator(cpu=device == "cpu")
-    student = make_student(models.pruned.model)
+    model = models.pruned.model
     with Bars(indent="") as bars:
-        report = finetune(
-            student, models.teacher.model, windows, config, accelerator=accelerator,
-            work_dir=work_dir, progress=bars,
-        )  # fmt: skip
+        if layerwise:
+            if accelerator.num_processes > 1:
+                raise UserError(
+                    f"finetune: --layerwise: expected one process, got {accelerator.num_processes}"
+                )
+            report = reconstruct(
+                model, models.teacher.model, windows, config, device=device, progress=bars
+            )
+            told = {"layer_errors": report.losses}
+        else:
+            report = finetune(
+                make_student(model), models.teacher.model, windows, config,
+                accelerator=accelerator, work_dir=work_dir, progress=bars,
+            )  # fmt: skip
+            told = {
+                "first_step": report.first_step,
+                "first_loss": report.losses[0] if report.losses else None,
+                "last_loss": report.losses[-1] if report.losses else None,
+            }
     result = {
         "out": str(out),
         "teacher": models.teacher.source,
         "settings": report.config.to_json(),
         "text": {"name": text_name, "windows": list(windows.shape)},
-        "first_step": report.first_step,
-        "first_loss": report.losses[0] if report.losses else None,
-        "last_loss": report.losses[-1] if report.losses else None,
+        **told,
         "tokens": report.tokens,
         "seconds": report.seconds,
     }
     if accelerator.is_main_process:
-        model = finish_student(student)
+        model = finish_student(model)
         save_checkpoint(
             model, out, tokenizer=models.pruned.tokenizer,
             provenance=_provenance(model, result, windows), overwrite=force,
@@ -89,8 +109,8 @@ def _provenance(model, result: dict, windows: torch.Tensor) -> dict:
     found = getattr(model.config, "quantization_config", None)
     found = found.to_dict() if hasattr(found, "to_dict") else found
     inherited = dict(found.get("provenance", {})) if isinstance(found, dict) else {}
-    kept = ("teacher", "settings", "text", "last_loss", "tokens")
-    note = {key: result[key] for key in kept}
+    kept = ("teacher", "settings", "text", "last_loss", "layer_errors", "tokens")
+    note = {key: result[key] for key in kept if key in result}
     inherited["finetune"] = {**note, "text": {**result["text"], **describe_calibration(windows)}}
     return inherited
 
@@ -98,7 +118,11 @@ def _provenance(model, result: dict, windows: torch.Tensor) -> dict:
 def text(result: dict) -> str:
     """The result for a terminal."""
     loss = ""
-    if result["last_loss"] is not None:
+    if "layer_errors" in result:
+        found = [errors for errors in result["layer_errors"] if None not in errors]
+        first, last = (sum(errors[i] for errors in found) / len(found) for i in (0, 1))
+        loss = f"relative error of a decoder layer's output, mean {first:.4f} -> {last:.4f}"
+    elif result["last_loss"] is not None:
         loss = f"KL to the dense model {result['first_loss']:.4f} -> {result['last_loss']:.4f} nats"
     return (
         f"{result['out']}: {result['settings']['steps']} steps, {result['tokens']} tokens, "

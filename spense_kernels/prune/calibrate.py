@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -94,15 +95,24 @@ class LayerWalk:
     """
 
     def __init__(
-        self, model: nn.Module, calibration: Tensor, device="cpu", batch: int | None = None
+        self,
+        model: nn.Module,
+        calibration: Tensor,
+        device="cpu",
+        batch: int | None = None,
+        prefix: str | None = None,
     ):
+        """`prefix` names the layers of a model whose projections are no nn.Linear any more."""
         check_calibration(calibration)
-        self.prefix, self.layers = decoder_layers(model)
+        if prefix is None:
+            self.prefix, self.layers = decoder_layers(model)
+        else:
+            self.prefix, self.layers = prefix, model.get_submodule(prefix)
         self.device = torch.device(device)
         self.hidden: list[Tensor] = []
         self._arguments: dict[int, list] = {}
         self._ids: list[Tensor] = []
-        self._home = next(self.layers[0].parameters()).device
+        self._home = next(chain(self.layers[0].parameters(), self.layers[0].buffers())).device
         self._tuple_out = False
         columns = model.get_input_embeddings().weight.shape[1]
         batch = batch or batch_size(calibration, columns, device)

@@ -50,6 +50,13 @@ def finetune(
     interpolation: Annotated[
         float, typer.Option(help="The result lies there, from the pruned weights to the tuned.")
     ] = 1.0,
+    layerwise: Annotated[
+        bool,
+        typer.Option(
+            "--layerwise",
+            help="Layer by layer, --steps each: for models of which one layer fits a device.",
+        ),
+    ] = False,
     seed: Seed = 0,
     work_dir: Annotated[
         Path | None, typer.Option(help="Keep the state here, to go on after a kill.")
@@ -72,6 +79,7 @@ def finetune(
       spense finetune ./pruned --teacher gemma-3-270m --out ./tuned --calibration a.txt --steps 100
       spense finetune ./pruned --teacher ./model --out ./tuned --work-dir ./work --resume
       spense finetune ./pruned --teacher ./model --out ./tuned --device cuda --minutes 2 --splice 4
+      spense finetune ./pruned --teacher ./model --out ./tuned --device cuda --layerwise --steps 50
     """
     from spense_kernels.finetune import FinetuneConfig
 
@@ -79,6 +87,14 @@ def finetune(
         steps=steps, minutes=minutes, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed,
         splice=splice, interpolation=interpolation,
     )  # fmt: skip
+    if layerwise:
+        for option, given in (
+            ("--minutes", minutes is not None), ("--micro-batch", micro_batch is not None),
+            ("--splice", splice != 1), ("--interpolation", interpolation != 1.0),
+            ("--work-dir", work_dir is not None),
+        ):  # fmt: skip
+            if given:
+                raise UserError(f"finetune: --layerwise: expected no {option}")
     device = check_device(device)
     check_replaceable(new_directory(out, force))
     if resume and work_dir is None:
@@ -91,7 +107,9 @@ def finetune(
     models = finetuning.load(checkpoint, teacher, parse_dtype(dtype))
     need_space(out, pruning.checkpoint_size(models.pruned.model))
     windows = pruning.windows(models.pruned.tokenizer, documents, samples, seq_len, seed)
-    result = finetuning.run(models, windows, config, device, work_dir, out, force, text_name)
+    result = finetuning.run(
+        models, windows, config, device, work_dir, out, force, text_name, layerwise
+    )
     if json:
         print_json(result)
     else:
