@@ -64,8 +64,8 @@ void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, 
   if (regular && rows.m >= 2 * multiprocessors && columns <= kMost * kColumns) {
     const bool narrow = columns <= kNarrow * kColumns;
     constexpr int kVectors = Source::kManyVectors;
-    constexpr int kCtas =
-        kVectors;  // of an SM, where rows are narrow and a vector a thread will do
+    // Of an SM, where rows are narrow and one vector a thread will do.
+    constexpr int kCtas = kVectors;
     if constexpr (Source::kMaxRows >= 4) {
       if (rows.m >= 12 * multiprocessors) {
         return narrow ? launch_held<Source, 4, 1, kNarrow, kCtas, true>(source, rows, 1, stream)

@@ -9,6 +9,7 @@ states wait where the models live.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,33 +19,32 @@ from torch import Tensor, nn
 
 from spense_kernels.errors import PruneError, SpenseError
 from spense_kernels.finetune.config import FinetuneConfig
+from spense_kernels.finetune.report import Report
 from spense_kernels.finetune.student import finish_student, make_student, student_layers
 from spense_kernels.linear import SpenseLinear
 from spense_kernels.prune.calibrate import LayerWalk
 
-# What a layer's own loop has no use for must be as it is by default.
 _UNUSED = ("minutes", "micro_batch", "splice", "noise", "interpolation")
 
 
+def unused_settings(config: FinetuneConfig) -> list[str]:
+    """Names of settings that a layer's own loop has no use for and that are not as by default."""
+    plain = FinetuneConfig()
+    return [name for name in _UNUSED if getattr(config, name) != getattr(plain, name)]
+
+
 @dataclass
-class LayerwiseReport:
+class LayerwiseReport(Report):
     """What `reconstruct` did.
 
     Attributes:
         config: settings used; `steps` were taken for every layer, `warmup` is at most a fifth.
         losses: (before, after) of every decoder layer, see `relative_error`; both None for a layer
             without a SpenseLinear. A layer that did not get better is as it was, with equal losses.
-        seconds: wall-clock time.
-        tokens: token positions that every layer trained on.
+        tokens: token positions that every layer trained on; fewer where the last batch is smaller.
     """
 
-    config: FinetuneConfig
     losses: list[tuple[float, float] | tuple[None, None]] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens: int = 0
-
-    def to_json(self) -> dict:
-        return {**vars(self), "config": self.config.to_json()}
 
 
 def reconstruct(
@@ -72,13 +72,12 @@ def reconstruct(
     loss is not finite.
     """
     config = config or FinetuneConfig()
-    plain = FinetuneConfig()
-    for name in _UNUSED:
-        if getattr(config, name) != getattr(plain, name):
-            raise PruneError(
-                f"finetune: layer by layer: {name}: expected {getattr(plain, name)!r}, "
-                f"got {getattr(config, name)!r}"
-            )
+    if unused := unused_settings(config):
+        name = unused[0]
+        raise PruneError(
+            f"finetune: layer by layer: {name}: expected {getattr(FinetuneConfig(), name)!r}, "
+            f"got {getattr(config, name)!r}"
+        )
     if not any(isinstance(m, SpenseLinear) for m in pruned.modules()):
         raise PruneError(f"finetune: {type(pruned).__name__} holds no SpenseLinear")
     # Steps of one layer are few.
@@ -139,8 +138,6 @@ class _Layer:
 
     def _steps(self, weights: list[nn.Parameter]) -> None:
         config = self.config
-        for weight in weights:
-            weight.requires_grad_(True)
         optimizer = torch.optim.Adam(weights, lr=config.lr, betas=config.betas)
         random = torch.Generator().manual_seed((config.seed << 20) + self.index)
         order: list[int] = []
@@ -153,8 +150,6 @@ class _Layer:
                 nn.utils.clip_grad_norm_(weights, config.clip)
             optimizer.step()
             optimizer.zero_grad()
-        for weight in weights:
-            weight.requires_grad_(False)
 
     def _loss(self, batch: int) -> Tensor:
         device = self.walk.device
@@ -167,7 +162,7 @@ class _Layer:
         sizes = [len(hidden) for hidden in self.wanted]
         losses = [float(self._loss(batch)) for batch in range(len(sizes))]
         error = sum(s * e for s, e in zip(sizes, losses, strict=True)) / sum(sizes)
-        if error != error or error == float("inf"):
+        if not math.isfinite(error):
             raise SpenseError(f"finetune: the error of decoder layer {self.index} is {error}")
         return error
 

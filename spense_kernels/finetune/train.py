@@ -20,6 +20,7 @@ from spense_kernels.finetune.batches import Batches
 from spense_kernels.finetune.config import FinetuneConfig
 from spense_kernels.finetune.fuse import fused_norms, fused_rotary
 from spense_kernels.finetune.loss import distillation_loss
+from spense_kernels.finetune.report import Report
 from spense_kernels.finetune.student import compiled_layers, student_layers
 from spense_kernels.finetune.teacher import TeacherStates, last_hidden, without_waiting
 from spense_kernels.models import need
@@ -32,7 +33,7 @@ _UNTIMED, _TIMED = 2, 4
 
 
 @dataclass
-class FinetuneReport:
+class FinetuneReport(Report):
     """What a fine-tune did.
 
     Attributes:
@@ -43,14 +44,8 @@ class FinetuneReport:
         tokens: token positions that this call trained on.
     """
 
-    config: FinetuneConfig
     losses: list[float] = field(default_factory=list)
     first_step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-
-    def to_json(self) -> dict:
-        return {**vars(self), "config": self.config.to_json()}
 
 
 def finetune(

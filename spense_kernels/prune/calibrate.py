@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import chain
 from typing import Any
 
 import torch
@@ -112,7 +111,7 @@ class LayerWalk:
         self.hidden: list[Tensor] = []
         self._arguments: dict[int, list] = {}
         self._ids: list[Tensor] = []
-        self._home = next(chain(self.layers[0].parameters(), self.layers[0].buffers())).device
+        self._home = next(self.layers[0].parameters()).device
         self._tuple_out = False
         columns = model.get_input_embeddings().weight.shape[1]
         batch = batch or batch_size(calibration, columns, device)

@@ -82,19 +82,16 @@ def finetune(
       spense finetune ./pruned --teacher ./model --out ./tuned --device cuda --layerwise --steps 50
     """
     from spense_kernels.finetune import FinetuneConfig
+    from spense_kernels.finetune.layerwise import unused_settings
 
     config = FinetuneConfig(
         steps=steps, minutes=minutes, batch=batch, micro_batch=micro_batch, lr=lr, seed=seed,
         splice=splice, interpolation=interpolation,
     )  # fmt: skip
     if layerwise:
-        for option, given in (
-            ("--minutes", minutes is not None), ("--micro-batch", micro_batch is not None),
-            ("--splice", splice != 1), ("--interpolation", interpolation != 1.0),
-            ("--work-dir", work_dir is not None),
-        ):  # fmt: skip
-            if given:
-                raise UserError(f"finetune: --layerwise: expected no {option}")
+        unused = unused_settings(config) + ([] if work_dir is None else ["work_dir"])
+        if unused:
+            raise UserError(f"finetune: --layerwise: expected no --{unused[0].replace('_', '-')}")
     device = check_device(device)
     check_replaceable(new_directory(out, force))
     if resume and work_dir is None:
