@@ -32,8 +32,8 @@ constexpr double kDramBytesPerUs = 3.327e6, kL2BytesPerUs = 15.353e6, kLaunchUs 
 constexpr double kStreamLaunch = 1.455;  // a stream-K launch against another
 constexpr double kExponent = 2.126;      // how the limits add up: 1 would be one after another
 constexpr double kL2Bytes = 40e6, kReread = 0.050;  // cut tiles read again what L2 does not hold
-// Nanoseconds by which each row of zeros in the last token tile, which the tensor map makes up, delays
-// 128 columns: they take longer to copy than rows of x.
+// Nanoseconds by which each row of zeros in the last token tile, which the tensor map makes up,
+// delays 128 columns: they take longer to copy than rows of x.
 constexpr double kZeroRowNs = 1.000;
 constexpr double kSpread = 0.071;  // of the time: how much earlier than the last the first CTAs end
 // For each CTA that a cluster waits for beside itself, where several clusters read a weight.
@@ -70,8 +70,7 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
     work = std::max(1.0, rounds) * (units_us + c.tile_us);
   } else {
     // Pieces of even_clusters() may be whole tiles; other CTAs get as many bytes each.
-    const int even =
-        even_clusters(config, static_cast<int64_t>(tiles), desc.k_blocks(), slots);
+    const int even = even_clusters(config, static_cast<int64_t>(tiles), desc.k_blocks(), slots);
     work = (even ? tiles / even : rounds) * units_us + full * c.tile_us;
     if (even != tiles) work += c.fixup_us;
     launch *= kStreamLaunch;
