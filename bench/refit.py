@@ -28,11 +28,12 @@ from gemm.shapes import HELD_OUT, HUNGRY_TOKENS, MODELS, TOKENS, UNSEEN
 NEAR = 1.5  # runs up to so many times the fastest of their shape teach the fit
 # What a shape counts when choices are weighed: one that has a target, one of no model (these are
 # few), and beside that one of many tokens, which takes longest.
-TARGET_WEIGHT, OTHER_WEIGHT, MANY_WEIGHT, MANY_TOKENS = 6, 3, 3, 512
+TARGET_WEIGHT, OTHER_WEIGHT, MANY_WEIGHT, MANY_TOKENS = 15, 6, 6, 512
 TARGET_DENSE = 0.25
 DECODE_TOKENS = 64  # up to here a sweep's times are the level of estimates
-BLURS = (0.02, 0.01)  # errors of estimates that a choice should not depend on, of both halves
+BLURS = (0.02, 0.01, 0.005)  # errors that a choice should not depend on, a third of the steps each
 SQUARES = 8  # so much of a regret's square beside itself, so that no shape is left far behind
+ERRORS = 0.3  # and so much of the estimates' squared errors
 FIRST_STEP, STEPS = 0.05, (0.003, 0.5)  # of a constant's logarithm, and its bounds
 
 
@@ -91,7 +92,7 @@ class Loss:
         share = np.exp((self.least(log)[self.at] - log) / blur)
         regret = self.sum(share * self.lost) / self.sum(share)
         errors = self.errors(log)
-        return float(self.weight @ (regret + SQUARES * regret**2) + errors @ errors)
+        return float(self.weight @ (regret + SQUARES * regret**2) + ERRORS * (errors @ errors))
 
 
 def weight_of(layer: str, n: int, k: int, m: int, dense: float) -> int:

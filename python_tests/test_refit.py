@@ -72,7 +72,7 @@ def test_the_formula_is_that_of_the_product(refit, tmp_path):
 def test_a_fit_finds_what_made_the_times(refit, tmp_path):
     truth = refit.Model.read()
     start = refit.Model(
-        truth.device | {"kDramBytesPerUs": 2.2e6, "kZeroRowNs": 3.0, "kLaunchUs": 3.0},
+        truth.device | {"kDramBytesPerUs": 2.2e6, "kZeroRowsNs": 3.0, "kLaunchUs": 3.0},
         {
             name: [sparse * (1.3, 0.8)[i % 2], dense * 1.2, tile + 2, fixup * 1.5]
             for i, (name, (sparse, dense, tile, fixup)) in enumerate(truth.config.items())

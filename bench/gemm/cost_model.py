@@ -18,12 +18,11 @@ HEURISTICS = Path(__file__).resolve().parents[2] / "csrc" / "heuristics"
 COSTS, FORMULA = HEURISTICS / "sm90_costs.def", HEURISTICS / "cost.cpp"
 # Constants of the device in cost.cpp, in the order of a parameter vector.
 DEVICE = ("kDramBytesPerUs", "kL2BytesPerUs", "kLaunchUs", "kStreamLaunch", "kExponent")
-DEVICE += ("kReread", "kZeroRowNs", "kSpread", "kCompany")
+DEVICE += ("kReread", "kZeroRowsNs", "kSpread", "kCompany")
 L2_BYTES = 40e6
 OF_CONFIG = ("sparse", "dense", "tile", "fix-up")  # microseconds, in sm90_costs.def
 LEAST = 0.01  # of any constant, which is fitted as a logarithm
 MULTIPROCESSORS = 132
-SCATTER = 0.02  # of runs of one configuration
 
 
 @dataclass(frozen=True)
@@ -164,10 +163,11 @@ def facts_of(
     return {
         "sparse": sparse / config.splits,
         "dense": (blocks - 2 * sparse) / config.splits,
-        "zeros": (token_tiles * config.tile_tokens(m) - m) * blocks / config.splits,
+        "zeros": ((token_tiles * config.tile_tokens(m) - m) / 32) ** 2 * blocks / config.splits,
         "rounds": tiles / slots,
         "pieces": tiles / (even or slots),
         "cut": even != tiles,
+        "begun": ceil_div(tiles, slots) + (not even and tiles % slots > 0),
         "tickets": size == 1,
         "company": size - 1 if token_tiles > 1 else 0,
         "token_tiles": token_tiles,
@@ -180,9 +180,9 @@ def facts_of(
 def estimate(device: dict, sparse, dense, tile, fixup, stream, facts: dict) -> np.ndarray:
     rounds, token_tiles = facts["rounds"], facts["token_tiles"]
     units_us = facts["sparse"] * sparse + facts["dense"] * dense
-    units_us = units_us + facts["zeros"] * device["kZeroRowNs"] / 1000
+    units_us = units_us + facts["zeros"] * device["kZeroRowsNs"] / 1000
     full = np.ceil(rounds)
-    cut = facts["pieces"] * units_us + full * tile + facts["cut"] * fixup
+    cut = facts["pieces"] * units_us + facts["begun"] * tile + facts["cut"] * fixup
     work = np.where(stream, cut, np.maximum(1, rounds) * (units_us + tile))
     again = device["kReread"] * np.maximum(0, facts["operands"] - L2_BYTES) * (token_tiles - 1)
     dram = (facts["once"] + np.where(stream, again, 0)) / device["kDramBytesPerUs"]
@@ -228,8 +228,8 @@ def read_runs(paths: list[Path], twice: bool = False) -> Runs:
     """The `configs` of sweep files. Unknown configs are left out.
 
     A problem of two runs is two problems: times of one run compare, those of two hardly. A sweep
-    timed what the op chose twice, by itself and by name. With `twice` its own time stands for a run
-    by name that was more than SCATTER slower: a fit should not learn from one that was unlucky.
+    timed what the op chose twice, by itself and by name: with `twice` the mean of both stands
+    for the latter.
     """
     known = instances()
     today = {tile_name(name): name for name in known}
@@ -250,10 +250,10 @@ def read_runs(paths: list[Path], twice: bool = False) -> Runs:
         name = today.get(tile_name(name), name)
         if choice == "auto":
             auto[number[key]] = entry["us"]
-            by_name = entries.get((key, entry.get("choice")))
-            if twice and by_name and by_name["us"] > (1 + SCATTER) * entry["us"]:
+            if twice and (by_name := entries.get((key, entry.get("choice")))):
                 name, _, mode = entry["choice"].partition(":")
-                own[key, today.get(tile_name(name), name), mode] = entry["us"]
+                both = (entry["us"] + by_name["us"]) / 2
+                own[key, today.get(tile_name(name), name), mode] = both
         elif name in known:
             timed.setdefault(key, {"bytes": entry["packed_bytes"]})[name, mode] = entry["us"]
     for (key, *choice), us in own.items():
