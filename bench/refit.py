@@ -32,7 +32,7 @@ TARGET_WEIGHT, OTHER_WEIGHT, MANY_WEIGHT, MANY_TOKENS = 15, 6, 6, 512
 TARGET_DENSE = 0.25
 DECODE_TOKENS = 64  # up to here a sweep's times are the level of estimates
 BLURS = (0.02, 0.01, 0.005)  # errors that a choice should not depend on, a third of the steps each
-SQUARES = 8  # so much of a regret's square beside itself, so that no shape is left far behind
+SQUARES = 25  # so much of a regret's square beside itself, so that no shape is left far behind
 ERRORS = 0.3  # and so much of the estimates' squared errors
 FIRST_STEP, STEPS = 0.05, (0.003, 0.5)  # of a constant's logarithm, and its bounds
 

@@ -33,7 +33,7 @@ def measured():
 
 
 def test_the_estimate_is_near_what_was_measured():
-    """Decode on an H100, 0, 25 and 100 % dense: estimates are 12.4 % below to 12.1 % above.
+    """Decode on an H100, 0, 25 and 100 % dense: estimates are 10.8 % below to 8.3 % above.
 
     They were fitted to what a layer adds among a model's others, more than it takes among its like.
     """
@@ -42,8 +42,8 @@ def test_the_estimate_is_near_what_was_measured():
         us = gemm_us(p["m"], p["n"], p["k"], p["packed_bytes"])
         off[p["layer"], p["m"], p["dense"]] = us / p["times"]["spense"]["us"] - 1
     assert len(off) >= 120
-    assert max(map(abs, off.values())) < 0.14, off
-    assert abs(sum(off.values()) / len(off)) < 0.04
+    assert max(map(abs, off.values())) < 0.12, off
+    assert abs(sum(off.values()) / len(off)) < 0.02
 
 
 @pytest.mark.parametrize("batch", [1, 16, 64, 300, 4096])
