@@ -3,7 +3,9 @@
 // registers from the loads until the scale is known, quantise them, and gather bytes.
 //
 //   few rows:  a row a CTA, and several that compute the same where there is a gather to share; or
-//              a cluster of CTAs that share the columns and give each other all quantised bytes
+//              a cluster of CTAs that share the columns and give each other all quantised bytes.
+//              CTAs are small, so that the GEMMs before and behind them run on the same
+//              multiprocessor and copy weights meanwhile
 //   many rows: kRows rows at a time, whose bytes of a column lie beside each other in shared
 //              memory, so that one random access by the gather serves them all. CTAs stay, keep
 //              weight and gather, and load their next rows while they work on these.
@@ -48,6 +50,14 @@ struct Slices {
   int ahead = 1;  // turns that rows are loaded ahead, 1 or 2
 };
 
+// Instances that take half of a multiprocessor and little of its shared memory: for one turn.
+template <int kRows, int kCtas>
+constexpr bool kBeside = kRows == 1 && kCtas == 2;
+
+// Rows come through shared memory.
+template <int kRows, int kVectors, int kCtas, bool kRegular>
+constexpr bool kThroughMemory = kRegular && kRows * kVectors > 1 && !kBeside<kRows, kCtas>;
+
 // Of shared memory, for the rows that are loaded at once.
 template <typename Source, int kRows, int kVectors, int kThreads>
 constexpr int kStageBytes =
@@ -68,10 +78,12 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   using T = typename Source::Element;
   using Run = Eight<T>;
   constexpr int kInputs = Source::kInputs;
-  constexpr bool kStaged = kRegular && kRows * kVectors > 1;  // rows come through shared memory
+  constexpr bool kStaged = kThroughMemory<kRows, kVectors, kCtas, kRegular>;
   static_assert(kRegular || kRows == 1);
   constexpr bool kSums = Source::kSums;
-  __shared__ Parts<kRows, kSums> parts[2];
+  constexpr bool kOneTurn = kBeside<kRows, kCtas>;
+  constexpr int kPartsWarps = kOneTurn ? kThreads / 32 : kMaxWarps;
+  __shared__ Parts<kRows, kSums, kPartsWarps> parts[kOneTurn ? 1 : 2];
   __shared__ uint64_t bytes_arrived;
 
   ptx::grid_launch_dependents();
@@ -217,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
       }
     }
 
-    const Found all = exchange(found, team, parts[turn & 1], turn >> 1 & 1);
+    const Found all = exchange(found, team, parts[kOneTurn ? 0 : turn & 1], turn >> 1 & 1);
     float peak = __uint_as_float(all.peak), factor[kRows] = {};
     if constexpr (kSums) {
       const float mine = source.factor(all.squares);

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kSliceStep = 128;  // slices are multiples of this many columns
 constexpr int64_t kNearColumns = 1 << 16;
+constexpr int64_t kFewRows = 64;  // tokens of the GEMM's tiles that leave half a multiprocessor
 
 template <typename Source, int kRows, int kVectors, int kThreads, int kCtas, bool kRegular>
 void launch_held(const Source& source, const QuantizeArgs& rows, int cluster, Stream stream) {
@@ -36,7 +37,7 @@ void launch_held(const Source& source, const QuantizeArgs& rows, int cluster, St
   shape.dependent = true;
   int64_t smem = rows.gather ? kRows * rows.y_stride : 0;
   int64_t groups = std::min<int64_t>((rows.m + kRows - 1) / kRows, kMaxGridRows);
-  if constexpr (kRegular && kRows * kVectors > 1) {
+  if constexpr (kThroughMemory<kRows, kVectors, kCtas, kRegular>) {
     constexpr int64_t kBytes = kStageBytes<Source, kRows, kVectors, kThreads>;
     static_assert(kBytes + kNearColumns <= kMaxSmem);
     if (cluster == 1) groups = std::min(groups, multiprocessors * kCtas);
@@ -95,7 +96,22 @@ void launch_rows(const Source& source, const QuantizeArgs& rows, int64_t least, 
         ? launch_held<Source, 1, kVectors, kThreads, kCtas, true>(source, rows, cluster, stream)
         : launch_held<Source, 1, kVectors, kThreads, kCtas, false>(source, rows, cluster, stream);
   };
-  if (width() <= kColumns * kNarrow) return go.template operator()<1, kNarrow, 2>();
+  if (width() <= kColumns * kNarrow && rows.m <= kMaxGridRows) {
+    return go.template operator()<1, kNarrow, 2>();
+  }
+  if constexpr (Source::kMaxVectors >= 2) {
+    constexpr int kTwo = 512;   // threads of which two CTAs have registers for two vectors,
+    constexpr int kFour = 448;  // and for four
+    const bool beside = regular && rows.m <= kFewRows;
+    if (beside && width() <= kColumns * 2 * kTwo) {
+      return launch_held<Source, 1, 2, kTwo, 2, true>(source, rows, cluster, stream);
+    }
+    if constexpr (Source::kMaxVectors >= 4) {
+      if (beside && width() <= kColumns * 4 * kFour) {
+        return launch_held<Source, 1, 4, kFour, 2, true>(source, rows, cluster, stream);
+      }
+    }
+  }
   if (width() <= kColumns * kMost) return go.template operator()<1, kMost, 1>();
   if (Source::kMaxVectors < 4 || width() <= 2 * kColumns * kMost) {
     return go.template operator()<2, kMost, 1>();
