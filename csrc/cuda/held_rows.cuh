@@ -15,6 +15,8 @@
 //   kInputs, kSums            their number; whether rows have a factor that follows from squares
 //   kMaxRows, kMaxVectors     what the registers hold
 //   kManyVectors              vectors of a thread where there are many rows
+//   Few                       threads of quantize_few_rows that have registers for one, two, four
+//                             vectors; 0: not taken
 //   input(i, m), stride(i)    row m of an input, elements between rows
 //   aligned                   whether rows of inputs and weights start at multiples of 16 bytes
 //   hold(c, left)             weights of 8 columns, which no kernel before writes
@@ -42,6 +44,13 @@ struct Weightless {
   }
 };
 
+// Registers of a multiprocessor that GEMMs of few tokens leave (sm90::Traits::kShares).
+constexpr int kLeftRegisters = 65536 - 384 * 80;
+constexpr int kGatherVectors = 2;  // of a thread of quantize_few_rows
+// Whether CTAs of quantize_held_rows have one group of rows each.
+template <int kRows, int kCtas>
+constexpr bool kOnce = kRows == 1 && kCtas == 2;
+
 struct Slices {
   int width = 0;    // columns of a CTA
   int outputs = 0;  // columns of y that it writes: fewer where several CTAs compute the same row
@@ -50,13 +59,9 @@ struct Slices {
   int ahead = 1;  // turns that rows are loaded ahead, 1 or 2
 };
 
-// Instances that take half of a multiprocessor and little of its shared memory: for one turn.
-template <int kRows, int kCtas>
-constexpr bool kBeside = kRows == 1 && kCtas == 2;
-
 // Rows come through shared memory.
-template <int kRows, int kVectors, int kCtas, bool kRegular>
-constexpr bool kThroughMemory = kRegular && kRows * kVectors > 1 && !kBeside<kRows, kCtas>;
+template <int kRows, int kVectors, bool kRegular, bool kOneTurn>
+constexpr bool kThroughMemory = kRegular && kRows * kVectors > 1 && !kOneTurn;
 
 // Of shared memory, for the rows that are loaded at once.
 template <typename Source, int kRows, int kVectors, int kThreads>
@@ -72,16 +77,17 @@ constexpr int kAhead = kRows > 1 && kVectors > 1 ? 2 : 1;
 extern __shared__ __align__(128) unsigned char row_memory[];
 
 // kRegular: whole, aligned runs of 8 columns, and places of a gather in 16 bits.
-template <typename Source, int kRows, int kVectors, int kThreads, int kCtas, bool kRegular>
-__global__ void __launch_bounds__(kThreads, kCtas)
-    quantize_held_rows(const Source source, const QuantizeArgs p, const Slices slices) {
+// kOneTurn: a CTA has one group of rows, and stays out of shared memory. With many vectors it then
+// has no registers for places of a gather.
+template <typename Source, int kRows, int kVectors, int kThreads, bool kRegular, bool kOneTurn>
+__device__ __forceinline__ void hold_rows(const Source& source, const QuantizeArgs& p,
+                                          const Slices& slices) {
   using T = typename Source::Element;
   using Run = Eight<T>;
   constexpr int kInputs = Source::kInputs;
-  constexpr bool kStaged = kThroughMemory<kRows, kVectors, kCtas, kRegular>;
+  constexpr bool kStaged = kThroughMemory<kRows, kVectors, kRegular, kOneTurn>;
   static_assert(kRegular || kRows == 1);
   constexpr bool kSums = Source::kSums;
-  constexpr bool kOneTurn = kBeside<kRows, kCtas>;
   constexpr int kPartsWarps = kOneTurn ? kThreads / 32 : kMaxWarps;
   __shared__ Parts<kRows, kSums, kPartsWarps> parts[kOneTurn ? 1 : 2];
   __shared__ uint64_t bytes_arrived;
@@ -103,6 +109,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   const int k = static_cast<int>(p.k), padded = static_cast<int>(p.y_stride);
   const int begin = min(static_cast<int>(team.rank) * slices.width, padded);
   const int end = min(begin + slices.width, padded);
+  constexpr bool kGathers = !kOneTurn || kVectors <= kGatherVectors;
   constexpr bool kShares = kRows * kVectors == 1;  // whether CTAs may compute the same row
   const int first_output =
       !kShares || shared_row ? begin : static_cast<int>(blockIdx.x) * slices.outputs;
@@ -116,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     columns[v] = begin + offset;
     outputs[v] = first_output + offset;
     held[v] = source.template hold<kRegular>(columns[v], min(end, k) - columns[v]);
-    if (kRegular && p.gather && outputs[v] < outputs_end) {
+    if (kRegular && kGathers && p.gather && outputs[v] < outputs_end) {
       places[v].set(read_gather<kRows, kRegular>(p, outputs[v]));
     }
   }
@@ -264,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         if (r < rows) store_bytes<kRegular>(to, k - outputs[v], bytes[r]);
       }
     };
-    if (p.gather == nullptr) {
+    if (!kGathers || p.gather == nullptr) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         if (columns[v] >= end) continue;
@@ -326,6 +333,20 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     }
     if (shared_row) ptx::cluster_wait();  // others have got what this CTA gives
   }
+}
+
+// Of a multiprocessor kCtas at a time.
+template <typename Source, int kRows, int kVectors, int kThreads, int kCtas, bool kRegular>
+__global__ void __launch_bounds__(kThreads, kCtas)
+    quantize_held_rows(const Source source, const QuantizeArgs p, const Slices slices) {
+  hold_rows<Source, kRows, kVectors, kThreads, kRegular, kOnce<kRows, kCtas>>(source, p, slices);
+}
+
+// With what a GEMM of few tokens leaves of the registers.
+template <typename Source, int kVectors, int kThreads>
+__global__ void __maxnreg__(kLeftRegisters / kThreads / 8 * 8)
+    quantize_few_rows(const Source source, const QuantizeArgs p, const Slices slices) {
+  hold_rows<Source, 1, kVectors, kThreads, true, true>(source, p, slices);
 }
 
 }  // namespace
