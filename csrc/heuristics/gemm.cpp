@@ -140,19 +140,11 @@ ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slot
   return p;
 }
 
-WeightLead weight_lead(const GemmChoice& choice, const ScheduleParams& schedule) {
-  constexpr int kShort = 64 * 1024, kLong = 128 * 1024;
-  constexpr int64_t kLongPiece = 512 * 1024;
+int w_window(const GemmChoice& choice) {
   const GemmConfig& config = *choice.config;
-  if (config.tokens > 128) return {2, kShort};
-  if (choice.mode == Mode::kStream) {
-    const int64_t bytes = int64_t{schedule.stream_blocks} * schedule.token_tiles *
-                          format::kBlockBytes / (schedule.clusters * cluster_size(config));
-    return {3, config.tokens <= 64 && bytes >= kLongPiece ? kLong : kShort};
-  }
-  // CTAs with a tile each hold less than all multiprocessors, and more bandwidth each.
-  const bool one_each = config.tokens <= 64 && schedule.whole <= schedule.clusters;
-  return {std::min(config.w_stages, one_each ? 4 : 6), kShort};
+  if (config.tokens > 128) return 2;
+  if (choice.mode == Mode::kStream) return 3;
+  return std::min(config.w_stages, 6);
 }
 
 NextLaunch next_launch(const GemmDesc& next, const MaxClusters& fit, const GemmChoice& choice,
@@ -168,8 +160,7 @@ NextLaunch next_launch(const GemmDesc& next, const MaxClusters& fit, const GemmC
   const int grid = schedule.clusters * cluster_size(*choice.config);
   result.skip = std::max(0, result.ctas - grid);
   result.early = std::max(0, next.multiprocessors - grid);
-  result.early_bytes =
-      after.config->w_stages * kWStageBytes + weight_lead(after, result.schedule).l2_bytes;
+  result.early_bytes = after.config->w_stages * kWStageBytes + kAheadBytes;
   return result;
 }
 

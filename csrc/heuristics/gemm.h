@@ -153,17 +153,12 @@ GemmChoice choose(const GemmDesc& desc, const MaxClusters& fit);
 int cluster_slots(const GemmDesc& desc, const MaxClusters& fit, const GemmConfig& config);
 ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slots);
 
-// How far the weight warp goes ahead of the consumers.
-struct WeightLead {
-  // Units of a ring that may be on their way at a time: enough to keep DRAM busy, not so many that
-  // they queue up in front of what late CTAs and the activation warps ask for.
-  int32_t window;
-  // Of its work that a CTA brings into L2 with its ring full, for the time before x may be read.
-  int32_t l2_bytes;
-};
-WeightLead weight_lead(const GemmChoice& choice, const ScheduleParams& schedule);
+// Weight units of a ring that may be on their way at a time: enough to keep DRAM busy, not so many
+// that they queue up in front of what late CTAs and the activation warps ask for.
+int w_window(const GemmChoice& choice);
 
-inline constexpr int kNextBytes = 48 * 1024;  // what it brings into L2 for the next launch
+// What a CTA brings into L2 with its ring full, and for the next launch at its end.
+inline constexpr int kAheadBytes = 64 * 1024, kNextBytes = 48 * 1024;
 
 // Where the CTAs of a launch begin, for the launch ahead of it, which brings that into L2.
 struct NextLaunch {

@@ -67,7 +67,7 @@ void launch(const heuristics::GemmChoice& choice, const heuristics::SchedulePara
   p.wide_rows = args.n * bytes_of(args.out) % kWideStore == 0 &&
                 reinterpret_cast<uintptr_t>(args.y) % kWideStore == 0;
   p.schedule = schedule;
-  p.lead = heuristics::weight_lead(choice, schedule);
+  p.w_window = heuristics::w_window(choice);
   if (next.ctas > 0) {
     p.next = {args.next.w, reinterpret_cast<const int4*>(args.next.tiles), next};
   }

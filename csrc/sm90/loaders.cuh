@@ -30,8 +30,8 @@ __device__ __forceinline__ heuristics::Walk walk_of(const heuristics::SchedulePa
 }
 
 // Fills the w rings of this CTA. It never waits for the kernel before: weights do not come from it.
-// No more than lead.window units of a ring are on their way at a time, so that what other CTAs and
-// the activation warp ask for does not queue behind them.
+// No more than w_window units of a ring are on their way at a time, so that what other CTAs and the
+// activation warp ask for does not queue behind them.
 template <class T>
 class WeightLoader {
  public:
@@ -99,7 +99,7 @@ class WeightLoader {
     Cursor<T::kWStages>& at = at_[tile];
     const int slot = tile * T::kWStages + at.slot;
     if (issued_++ == T::kWSlots) look_ahead(unit);
-    if (p_.lead.window < T::kWStages && on_the_way_[tile] == p_.lead.window) {
+    if (p_.w_window < T::kWStages && on_the_way_[tile] == p_.w_window) {
       Cursor<T::kWStages>& landed = landed_[tile];
       ptx::barrier_wait(smem_ + T::kWFull + 8 * (tile * T::kWStages + landed.slot), landed.parity);
       landed.advance();
@@ -119,7 +119,7 @@ class WeightLoader {
   // With the rings full for the first time there is nothing else to do until the kernel ahead is
   // done: brings some more into L2 and finds where the next launch will begin.
   __device__ void look_ahead(const uint8_t* unit) {
-    prefetch(unit, p_.w, p_.schedule, p_.lead.l2_bytes);
+    prefetch(unit, p_.w, p_.schedule, heuristics::kAheadBytes);
     next_ = next_launch();
   }
   __device__ const uint8_t* next_launch() const {

@@ -37,9 +37,9 @@ struct Params {
   int32_t x_scale_step, m, n;
   int32_t tile_tokens;  // of a token tile, at most the config's
   OutType out;
-  bool wide_rows;  // rows of y begin at 16-byte boundaries
-  bool staged;     // y is written through shared memory and y_map
-  heuristics::WeightLead lead;
+  bool wide_rows;    // rows of y begin at 16-byte boundaries
+  bool staged;       // y is written through shared memory and y_map
+  int32_t w_window;  // units on their way at a time
   heuristics::ScheduleParams schedule;
   NextWeights next;
 };
