@@ -56,7 +56,7 @@ struct GatedSource : Weightless {
   static constexpr int kMaxVectors = sizeof(T) == 2 ? 4 : 2;
   static constexpr int kManyVectors = 1;
   struct Few {
-    static constexpr int kOne = 864, kTwo = 512, kFour = sizeof(T) == 2 ? 432 : 0;
+    static constexpr int kOne = 0, kTwo = 512, kFour = sizeof(T) == 2 ? 512 : 0;
   };
 
   __device__ const T* input(int i, int64_t m) const {

@@ -44,8 +44,12 @@ struct Weightless {
   }
 };
 
-// Registers of a multiprocessor that GEMMs of few tokens leave (sm90::Traits::kShares).
-constexpr int kLeftRegisters = 65536 - 384 * 80;
+// Registers of a thread that fit beside a GEMM of few tokens (sm90::Traits::kShares): its 12 warps
+// hold 80 a thread, and a multiprocessor's four quarters each have their registers and warps.
+constexpr int left_registers(int threads) {
+  const int warps = (threads + 127) / 128;
+  return (65536 / 4 - 3 * 80 * 32) / 32 / warps / 8 * 8;
+}
 constexpr int kGatherVectors = 2;  // of a thread of quantize_few_rows
 // Whether CTAs of quantize_held_rows have one group of rows each.
 template <int kRows, int kCtas>
@@ -88,6 +92,7 @@ __device__ __forceinline__ void hold_rows(const Source& source, const QuantizeAr
   constexpr bool kStaged = kThroughMemory<kRows, kVectors, kRegular, kOneTurn>;
   static_assert(kRegular || kRows == 1);
   constexpr bool kSums = Source::kSums;
+  static_assert(kThreads % 32 == 0);
   constexpr int kPartsWarps = kOneTurn ? kThreads / 32 : kMaxWarps;
   __shared__ Parts<kRows, kSums, kPartsWarps> parts[kOneTurn ? 1 : 2];
   __shared__ uint64_t bytes_arrived;
@@ -344,7 +349,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
 
 // With what a GEMM of few tokens leaves of the registers.
 template <typename Source, int kVectors, int kThreads>
-__global__ void __maxnreg__(kLeftRegisters / kThreads / 8 * 8)
+__global__ void __maxnreg__(left_registers(kThreads))
     quantize_few_rows(const Source source, const QuantizeArgs p, const Slices slices) {
   hold_rows<Source, 1, kVectors, kThreads, true, true>(source, p, slices);
 }

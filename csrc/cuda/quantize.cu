@@ -33,7 +33,7 @@ struct PlainSource : Weightless {
   static constexpr int kMaxVectors = 4;
   static constexpr int kManyVectors = 2;  // so that one CTA computes while another waits
   struct Few {
-    static constexpr int kOne = 1024, kTwo = 0, kFour = 432;
+    static constexpr int kOne = 1024, kTwo = 0, kFour = 512;
   };
 
   __device__ const T* input(int, int64_t m) const { return x + m * x_stride; }
