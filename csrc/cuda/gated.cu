@@ -14,31 +14,33 @@ __device__ inline void invert(float (&v)[2]) {
   v[1] = both * v[0], v[0] = first;
 }
 
-// Of two gates. Below kLeast a sigmoid is 2^kMost too small to be told from zero.
+// Of two gates. Those so far below zero that a divisor would exceed 2^63 count as zero.
 template <Activation kActivation>
-__device__ void activate(const float (&g)[2], float (&v)[2]) {
+__device__ void activate(const float (&gates)[2], float (&v)[2]) {
   using namespace activation;
   if constexpr (kActivation != Activation::kGeluErf) {
-    constexpr float kMost = 63.0f;  // so that the product of two divisors is finite
+    constexpr float kLeast = kActivation == Activation::kSilu ? -43.5f : -7.6f;
+    float g[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      g[i] = gates[i] < kLeast ? 0.0f : gates[i];
       const float slope =
           kActivation == Activation::kSilu ? -kLog2E : kGeluLinear + kGeluCubic * (g[i] * g[i]);
-      v[i] = 1.0f + ptx::exp2_fast(fminf(g[i] * slope, kMost));
+      v[i] = 1.0f + ptx::exp2_fast(g[i] * slope);
     }
     invert(v);
 #pragma unroll
     for (int i = 0; i < 2; ++i) v[i] *= g[i];
   } else {
-    float r[2] = {fabsf(g[0]) + kTailShift, fabsf(g[1]) + kTailShift};
+    float r[2] = {fabsf(gates[0]) + kTailShift, fabsf(gates[1]) + kTailShift};
     invert(r);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float q = activation::tail(kTailDegree);
 #pragma unroll
       for (int j = kTailDegree - 1; j >= 0; --j) q = fmaf(q, r[i], activation::tail(j));
-      const float power = ptx::exp2_fast(kGeluSquare * (g[i] * g[i]));
-      v[i] = fmaf(q * r[i] * -fabsf(g[i]), power, fmaxf(g[i], 0.0f));
+      const float power = ptx::exp2_fast(kGeluSquare * (gates[i] * gates[i]));
+      v[i] = fmaf(q * r[i] * -fabsf(gates[i]), power, fmaxf(gates[i], 0.0f));
     }
   }
 }
