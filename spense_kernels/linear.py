@@ -41,20 +41,6 @@ def quantized(x: Tensor, gather: Tensor | None) -> QuantizedRows:
     return QuantizedRows(*ops.quantize_fp8(rows_of(x), gather), tuple(x.shape), x.dtype)
 
 
-class FollowingWeight(NamedTuple):
-    """The weight of the GEMM that comes next, wherever it is moved to.
-
-    Holds that layer's buffers and not the layer: from there the next layer could be reached, and
-    torch.compile would name the last one of a model by way of all others, until its stack ends.
-
-    Attributes:
-        buffers: `_buffers` of a PackedLinear; k: its in_features.
-    """
-
-    buffers: dict[str, Tensor | None]
-    k: int
-
-
 class PackedLinear(nn.Module):
     """y = x @ W.T + bias for inference; x is quantised to FP8 per row on the way in.
 
@@ -66,10 +52,7 @@ class PackedLinear(nn.Module):
         w_packed uint8 [bytes], w_tiles int32 [tiles + 1, 4], k_gather int32 [in_features],
         w_scale float32 [out_features], bias float32 [out_features] or None: buffers. Casts such
         as `.half()` move them but never change their dtypes.
-        following: the weight of the GEMM that comes next, or None; see prefetch.py.
     """
-
-    following: FollowingWeight | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, device=None):
         super().__init__()
@@ -106,7 +89,6 @@ class PackedLinear(nn.Module):
             )
         if not isinstance(x, QuantizedRows):
             x = quantized(x, self.gather)
-        following, following_k = self._hint()
         y = ops.hybrid_gemm(
             x.x8,
             self.w_packed,
@@ -114,27 +96,11 @@ class PackedLinear(nn.Module):
             x.x_scale,
             self.w_scale,
             self.bias,
-            *following,
             n=self.out_features,
             k=self.in_features,
             out_dtype=x.dtype,
-            next_k=following_k,
         )
         return y.view(*x.shape[:-1], self.out_features)
-
-    def _hint(self) -> tuple[tuple[Tensor | None, Tensor | None], int]:
-        """next_w_packed and next_w_tiles, and next_k of `hybrid_gemm`."""
-        if self.following is None:
-            return (None, None), 0
-        buffers, k = self.following
-        w_packed, w_tiles = buffers["w_packed"], buffers["w_tiles"]
-        if w_packed.device != self.w_packed.device or not w_packed.numel():
-            return (None, None), 0
-        return (w_packed, w_tiles), k
-
-    def __getstate__(self) -> dict:
-        # A copy of one layer must not bring those behind it along.
-        return {**self.__dict__, "following": None}
 
     @property
     def gather(self) -> Tensor | None:

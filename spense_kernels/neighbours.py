@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from spense_kernels import ops
 from spense_kernels.fusion import fuse_projections, hooked, unfuse_projections
 from spense_kernels.linear import QuantizedRows, SpenseLinear, quantized, rows_of
-from spense_kernels.prefetch import link_prefetch, unlink_prefetch
 
 # RMSNorm classes: attribute of eps, and whether the weight counts from 1.
 _LLAMA, _GEMMA = ("variance_epsilon", False), ("eps", True)
@@ -45,17 +44,14 @@ GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SeedOssMLP", "G
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """`fuse_projections`, `fuse_neighbours` and `link_prefetch`: what models get on CUDA."""
-    unlink_prefetch(model)
+    """`fuse_projections` and `fuse_neighbours`: what models get on CUDA."""
     fuse_projections(model)
     fuse_neighbours(model)
-    link_prefetch(model)
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Undoes `fuse`."""
-    unlink_prefetch(model)
     unfuse_neighbours(model)
     unfuse_projections(model)
     return model
