@@ -211,7 +211,8 @@ __device__ __forceinline__ void hold_rows(const Source& source, const QuantizeAr
             in[r][v][input] = *reinterpret_cast<const Run*>(slot(turn, input, r, v));
           } else {
             const T* from = next[input] + (columns[v] - columns[0]);
-            in[r][v][input] = load_columns<Reuse::kNever, kRegular>(from, min(end, k) - columns[v]);
+            in[r][v][input] = load_columns<kOneTurn ? Reuse::kUnknown : Reuse::kNever, kRegular>(
+                from, min(end, k) - columns[v]);
             if (v == kVectors - 1) next[input] += step * source.stride(input);
           }
         }
