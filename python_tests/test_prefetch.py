@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spense_kernels import SpenseLinear, link_prefetch, neighbours, unlink_prefetch
-from spense_kernels.linear import PackedLinear
+from spense_kernels.linear import PackedLinear, next_weight
 from spense_kernels.prune import prune_magnitude
 from spense_kernels.testing.models import TINY, tiny_model
 from spense_kernels.testing.numeric import assert_bitwise
@@ -96,7 +96,7 @@ def test_fusing_and_unfusing_leave_no_link_to_what_is_gone():
     link_prefetch(model)
     neighbours.fuse(model)
     there = [m for m in model.modules() if isinstance(m, PackedLinear)]
-    linked = {id(m.following.buffers) for m in there if m.following}
+    linked = {id(m.following) for m in there if m.following}
     assert len(linked) == 4 * len(model.model.layers) - 1
     assert linked <= {id(m._buffers) for m in there}
     neighbours.unfuse(model)
@@ -127,9 +127,10 @@ def test_moved_weights_are_followed_and_other_devices_are_not():
     pair = nn.Sequential(SpenseLinear.from_dense(linear), SpenseLinear.from_dense(linear))
     link_prefetch(pair)
     pair[1].w_packed = pair[1].w_packed.clone()
-    assert pair[0]._hint()[0][0] is pair[1].w_packed
+    device = pair[0].w_packed.device
+    assert next_weight(pair[0].following, device)["next_w_packed"] is pair[1].w_packed
     pair[1].to("meta")
-    assert pair[0]._hint() == ((None, None), 0)
+    assert next_weight(pair[0].following, device) == {}
 
 
 def test_linked_models_compile_in_one_graph():

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from spense_kernels.linear import FollowingWeight, PackedLinear, SpenseLinear
+from spense_kernels.linear import PackedLinear, SpenseLinear
 
 
 def link_prefetch(model: nn.Module) -> int:
@@ -30,7 +30,7 @@ def link_prefetch(model: nn.Module) -> int:
     layers = (m for m in model.modules() if isinstance(m, SpenseLinear) and m.split is not None)
     in_turn = list(dict.fromkeys(layer.gemm for layer in layers))
     for layer, following in pairwise(in_turn):
-        layer.following = FollowingWeight(following._buffers, following.in_features)
+        layer.following = following._buffers
     return max(0, len(in_turn) - 1)
 
 
