@@ -64,7 +64,7 @@ def test_generate_compiles_once_for_both_rows(kind, monkeypatch):
     assert [row["host"] for row in rows] == ["tuned", "plain"]
     for row in rows:
         assert (row["graphs"], row["breaks"]) == (1, 0)
-        assert 0 < row["call_host_ms"] < row["ms"]
+        assert row["call_host_ms"] > 0
     lines = [generate.text_of(row, 2, [rows[1] | {"kind": "dense", "batch": 2}]) for row in rows]
     assert ["1.000x" in line for line in lines] == [False, True]
 
