@@ -6,8 +6,8 @@
 namespace spense::cuda {
 namespace {
 
-// Quotients of two divisors by one of the hardware's reciprocals, which take longer than products.
-// Their product must be finite.
+// Two quotients by one of the hardware's reciprocals, which take longer than products. The product
+// of the divisors must be finite.
 __device__ inline void invert(float (&v)[2]) {
   const float both = __fdividef(1.0f, v[0] * v[1]);
   const float first = both * v[1];
@@ -32,15 +32,14 @@ __device__ void activate(const float (&gates)[2], float (&v)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) v[i] *= g[i];
   } else {
-    float r[2] = {fabsf(gates[0]) + kTailShift, fabsf(gates[1]) + kTailShift};
-    invert(r);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      const float g = gates[i], r = __fdividef(1.0f, fabsf(g) + kTailShift);
       float q = activation::tail(kTailDegree);
 #pragma unroll
-      for (int j = kTailDegree - 1; j >= 0; --j) q = fmaf(q, r[i], activation::tail(j));
-      const float power = ptx::exp2_fast(kGeluSquare * (gates[i] * gates[i]));
-      v[i] = fmaf(q * r[i] * -fabsf(gates[i]), power, fmaxf(gates[i], 0.0f));
+      for (int j = kTailDegree - 1; j >= 0; --j) q = fmaf(q, r, activation::tail(j));
+      const float power = ptx::exp2_fast(kGeluSquare * (g * g));
+      v[i] = fmaf(q * r * -fabsf(g), power, fmaxf(g, 0.0f));
     }
   }
 }
