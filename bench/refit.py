@@ -3,30 +3,38 @@
 
     python bench/gemm_sweep.py --configs all --json configs.json      # on a GPU
     python bench/refit.py configs.json                                # anywhere: regret as it is
-    python bench/refit.py configs.json --fit --write                  # new constants into csrc
+    python bench/refit.py configs.json --fit --wander 30000 --seed 1 \
+        --scale bench/results/gemm_h100.json --write                  # new constants into csrc
 
 The formula is that of csrc/heuristics/cost.cpp; python_tests/test_refit.py holds both together.
-First least squares in the logarithm of time, then a search along each constant for less regret,
-which the errors of runs that are close to one another decide. Shapes with no part in the fit are
-HELD_OUT and UNSEEN of gemm/shapes.py, or those that --hold-out names.
+First least squares in the logarithm of time, then random steps to choices that lose less, which the
+errors of runs that are close to one another decide; last all times together to the level of a
+sweep's. Shapes with no part in the fit are HELD_OUT and UNSEEN of gemm/shapes.py, or those that
+--hold-out names.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 
 import numpy as np
-from gemm.cost_model import Model, Runs, number_text, read_runs
+from gemm.cost_model import MULTIPROCESSORS, Model, Runs, estimates, number_text, read_runs
 from gemm.regret import UNTIMED
-from gemm.shapes import HELD_OUT, HUNGRY_TOKENS, UNSEEN
+from gemm.shapes import HELD_OUT, HUNGRY_TOKENS, MODELS, TOKENS, UNSEEN
 
 NEAR = 1.5  # runs up to so many times the fastest of their shape teach the fit
-MANY_TOKENS, MANY_WEIGHT = 512, 10  # shapes from here on are few, and take longest
-STEPS = (0.1, 0.03, 0.01)  # of a constant's logarithm
-BLUR = 0.01  # errors of estimates that a choice should not depend on
-MARGIN, MOST_LOST = 0.01, 0.3  # a slower run's estimate should be so much more; of its regret
+# What a shape counts when choices are weighed: one that has a target, one of no model (these are
+# few), and beside that one of many tokens, which takes longest.
+TARGET_WEIGHT, OTHER_WEIGHT, MANY_WEIGHT, MANY_TOKENS = 15, 6, 6, 512
+TARGET_DENSE = 0.25
+DECODE_TOKENS = 64  # up to here a sweep's times are the level of estimates
+BLURS = (0.02, 0.01, 0.005)  # errors that a choice should not depend on, a third of the steps each
+SQUARES = 8  # so much of a regret's square beside itself, so that no shape is left far behind
+ERRORS = 0.3  # and so much of the estimates' squared errors
+FIRST_STEP, STEPS = 0.05, (0.003, 0.5)  # of a constant's logarithm, and its bounds
 
 
 def least_of(runs: Runs) -> np.ndarray:
@@ -42,25 +50,18 @@ def lost(runs: Runs) -> np.ndarray:
 
 
 class Loss:
-    """What the fit makes small: what choices lose, and how far estimates of near runs are off.
+    """What the fit makes small: how far estimates of near runs are off, and what choices lose.
 
-    A choice counts blurred, so that it has a margin; its square as well, so that no shape is left
-    far behind. So that a wrong order of two runs that are far apart is felt too, each slower run
-    counts by how much less its estimate is than that of the fastest. Each run's shapes together
-    count as the root of their number, those of many tokens MANY_WEIGHT times.
+    A choice counts blurred, so that it has a margin.
     """
 
     def __init__(self, runs: Runs):
         number, at = np.unique(runs.shape, return_inverse=True)
-        files = [runs.shapes[i][-1] for i in number]
-        tokens = np.array([runs.shapes[i][3] for i in number])
-        weight = np.array([files.count(file) ** -0.5 for file in files])
-        weight = weight * np.where(tokens >= MANY_TOKENS, MANY_WEIGHT, 1)
+        shapes = [runs.shapes[i] for i in number]
+        tokens = np.array([shape[3] for shape in shapes])
+        weight = np.array([weight_of(*shape[:5]) for shape in shapes])
         self.weight, self.at, self.shapes = weight / weight.sum(), at, len(number)
         self.runs, self.lost = runs, lost(runs)
-        fastest = np.flatnonzero(runs.us == least_of(runs))
-        self.fastest = np.zeros(self.shapes, int)
-        self.fastest[at[fastest]] = fastest
         self.near = runs.us <= NEAR * least_of(runs)
         self.log_us = np.log(np.where(self.near, runs.us, 1))
         self.log_auto = np.log([runs.auto.get(i, np.nan) for i in number])
@@ -70,33 +71,40 @@ class Loss:
         """Of every shape's runs."""
         return np.bincount(self.at, values, self.shapes)
 
-    def errors(self, model: Model) -> np.ndarray:
+    def least(self, values: np.ndarray) -> np.ndarray:
+        least = np.full(self.shapes, np.inf)
+        np.minimum.at(least, self.at, values)
+        return least
+
+    def errors(self, log: np.ndarray) -> np.ndarray:
         """Weighted logarithms of estimate over time: of near runs in a shape, then of shapes.
 
         A shape's level is that of the op's own choice, which ran among its like.
         """
-        error = np.where(self.near, np.log(self.runs.estimate(model)) - self.log_us, 0)
+        error = np.where(self.near, log - self.log_us, 0)
         mean = self.sum(error) / self.sum(self.near)
         inside = (error - mean[self.at])[self.near] / np.sqrt(self.near.sum())
-        least = np.full(self.shapes, np.inf)
-        np.minimum.at(least, self.at, np.log(self.runs.estimate(model)))
-        level = np.where(np.isnan(self.log_auto), mean, least - self.log_auto)
+        level = np.where(np.isnan(self.log_auto), mean, self.least(log) - self.log_auto)
         return np.concatenate([inside, np.sqrt(self.level_weight) * level])
 
-    def __call__(self, model: Model) -> float:
+    def __call__(self, model: Model, blur: float) -> float:
         log = np.log(self.runs.estimate(model))
-        least = np.full(self.shapes, np.inf)
-        np.minimum.at(least, self.at, log)
-        share = np.exp((least[self.at] - log) / BLUR)
+        share = np.exp((self.least(log)[self.at] - log) / blur)
         regret = self.sum(share * self.lost) / self.sum(share)
-        gap = np.maximum(0, MARGIN + log[self.fastest][self.at] - log)
-        order = self.sum(np.minimum(self.lost, MOST_LOST) * gap)
-        errors = self.errors(model)
-        return float(self.weight @ (regret + 40 * regret**2 + order) + errors @ errors)
+        errors = self.errors(log)
+        return float(self.weight @ (regret + SQUARES * regret**2) + ERRORS * (errors @ errors))
+
+
+def weight_of(layer: str, n: int, k: int, m: int, dense: float) -> int:
+    of_model = any(layer == of.label for layers in MODELS.values() for of in layers)
+    weight = 1 if of_model else OTHER_WEIGHT
+    if of_model and dense == TARGET_DENSE and m in TOKENS:
+        weight = TARGET_WEIGHT
+    return weight * (MANY_WEIGHT if m >= MANY_TOKENS else 1)
 
 
 def fit(model: Model, runs: Runs, weight: float = 0.03) -> Model:
-    """Least squares over the near runs, then the search; the better of both starts of it.
+    """Least squares over the near runs.
 
     Constants are pulled to where they were, so that what the runs say nothing about stays.
     """
@@ -105,31 +113,10 @@ def fit(model: Model, runs: Runs, weight: float = 0.03) -> Model:
     start = model.vector(names)
 
     def residuals(vector: np.ndarray) -> np.ndarray:
-        error = of.errors(model.with_vector(vector, names))
+        error = of.errors(np.log(runs.estimate(model.with_vector(vector, names))))
         return np.concatenate([error, weight * (vector - start) / np.sqrt(len(runs.us))])
 
-    def loss(vector: np.ndarray) -> float:
-        pull = weight * (vector - start)
-        return of(model.with_vector(vector, names)) + float(pull @ pull)
-
-    found = [search(loss, vector) for vector in (start, minimise(residuals, start))]
-    return model.with_vector(min(found, key=loss), names)
-
-
-def search(loss, start: np.ndarray) -> np.ndarray:
-    """Coordinate search with smaller and smaller steps."""
-    x, least = start.copy(), loss(start)
-    for step in STEPS:
-        better = True
-        while better:
-            better = False
-            for at in range(len(x)):
-                for move in (step, -step):
-                    tried = x.copy()
-                    tried[at] += move
-                    if (value := loss(tried)) < least - 1e-6:
-                        x, least, better = tried, value, True
-    return x
+    return model.with_vector(minimise(residuals, start), names)
 
 
 def minimise(residuals, start: np.ndarray, steps: int = 200) -> np.ndarray:
@@ -155,23 +142,37 @@ def minimise(residuals, start: np.ndarray, steps: int = 200) -> np.ndarray:
 
 
 def wander(model: Model, runs: Runs, tries: int, seed: int = 0) -> Model:
-    """Random steps along one to three constants, kept where less is lost by choices alone."""
-    names, of, random = list(model.config), lost(runs), np.random.default_rng(seed)
-    tokens = np.array([runs.shapes[shape][3] for shape in np.unique(runs.shape)])
+    """Random steps along one to three constants, kept where the loss is less.
 
-    def loss(vector: np.ndarray) -> float:
-        regret = of[chosen(model.with_vector(vector, names), runs)]
-        return float(np.mean(regret + 4 * regret**2) + 5 * np.sum(regret[tokens >= MANY_TOKENS])
-                     / max(1, np.sum(tokens >= MANY_TOKENS)))  # fmt: skip
-
+    Each constant's steps grow where they are kept and shrink where they are not.
+    """
+    of, names, random = Loss(runs), list(model.config), np.random.default_rng(seed)
     x = model.vector(names)
-    least = loss(x)
-    for _ in range(tries):
-        tried, at = x.copy(), random.choice(len(x), random.integers(1, 4), replace=False)
-        tried[at] += random.normal(0, random.choice([0.01, 0.03, 0.08]), len(at))
-        if (value := loss(tried)) < least - 1e-7:
-            x, least = tried, value
+    step = np.full(len(x), FIRST_STEP)
+    for blur in BLURS:
+        least = of(model.with_vector(x, names), blur)
+        for _ in range(tries // len(BLURS)):
+            tried, at = x.copy(), random.choice(len(x), random.integers(1, 4), replace=False)
+            tried[at] += random.normal(0, step[at])
+            value = of(model.with_vector(tried, names), blur)
+            if kept := value < least - 1e-7:
+                x, least = tried, value
+            step[at] = np.clip(step[at] * (1.3 if kept else 0.97), *STEPS)
+        step = np.maximum(step, FIRST_STEP / 2)
     return model.with_vector(x, names)
+
+
+def scale(model: Model, sweep: dict) -> Model:
+    """All times by one factor, so that those of a sweep's decode layers are met in the mean.
+
+    Forced runs and a sweep's are no launches of the same kind; choices stay as they are.
+    """
+    ratios = []
+    for p in sweep["points"]:
+        if p["kind"] == "layer" and p["group"] and p["m"] <= DECODE_TOKENS:
+            us = estimates(model, p["n"], p["k"], p["m"], p["packed_bytes"], MULTIPROCESSORS)
+            ratios.append(p["times"]["spense"]["us"] / min(us.values()))
+    return model.times(statistics.mean(ratios))
 
 
 def chosen(model: Model, runs: Runs) -> np.ndarray:
@@ -214,19 +215,24 @@ def main() -> None:
     parser.add_argument("--hold-out", nargs="*", default=left_out)
     parser.add_argument("--fit", action="store_true", help="fit the constants anew")
     parser.add_argument("--wander", type=int, default=0, help="random steps after a fit, 100 a s")
+    parser.add_argument("--seed", type=int, default=0, help="of the random steps")
+    parser.add_argument("--scale", type=Path, help="of gemm_sweep.py: bring estimates to its level")
     parser.add_argument("--write", action="store_true", help="the fitted constants into csrc")
     args = parser.parse_args()
     runs, model = read_runs(args.files), Model.read()
     out = np.array([f"{n}x{k}" in args.hold_out for _, n, k, *_ in runs.shapes])[runs.shape]
     models = {"as it is": model}
     if args.fit:
-        models["fitted"] = wander(fit(model, runs.only(~out)), runs.only(~out), args.wander)
+        taught = read_runs(args.files, twice=True).only(~out)
+        fitted = wander(fit(model, taught), taught, args.wander, args.seed)
+        if args.scale:
+            fitted = scale(fitted, json.loads(args.scale.read_text()))
+        models["fitted"] = fitted = fitted.rounded()
     for title, of in models.items():
         for part, keep in (("listed", ~out), ("held out", out)):
             if keep.any():
                 print(report(f"{title}, {part}", of, runs.only(keep)))
     if args.fit:
-        fitted = models["fitted"]
         print("  ".join(f"{name} {number_text(value)}" for name, value in fitted.device.items()))
         for name, costs in fitted.config.items():
             print(f"{name:<24}" + " ".join(f"{cost:8.3f}" for cost in costs))

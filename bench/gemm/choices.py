@@ -75,6 +75,8 @@ class Choices:
             again = {AUTO, chosen, *(name for _, name in forced[:DOUBTED])}
             close = {name: calls for name, calls in contenders.items() if name in again}
             times |= self._times(spense, m, close, DOUBT_ROUNDS, model)
+        if chosen in times:
+            times[AUTO]["choice"] = chosen
         return times
 
     def _times(

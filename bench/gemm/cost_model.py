@@ -18,10 +18,10 @@ HEURISTICS = Path(__file__).resolve().parents[2] / "csrc" / "heuristics"
 COSTS, FORMULA = HEURISTICS / "sm90_costs.def", HEURISTICS / "cost.cpp"
 # Constants of the device in cost.cpp, in the order of a parameter vector.
 DEVICE = ("kDramBytesPerUs", "kL2BytesPerUs", "kLaunchUs", "kStreamLaunch", "kExponent")
-DEVICE += ("kReread", "kEmpty", "kSpread", "kCompany")
+DEVICE += ("kReread", "kZeroRowsNs", "kSpread", "kCompany")
 L2_BYTES = 40e6
 OF_CONFIG = ("sparse", "dense", "tile", "fix-up")  # microseconds, in sm90_costs.def
-LEAST = 0.05  # of any constant, which is fitted as a logarithm
+LEAST = 0.01  # of any constant, which is fitted as a logarithm
 MULTIPROCESSORS = 132
 
 
@@ -40,6 +40,14 @@ class Config:
         own = 8 * ceil_div(self.tokens // 8, self.splits)
         store = 32 if own % 32 == 0 else 16 if own % 16 == 0 else 8
         return ceil_div(ceil_div(m, tiles), unit := max(8 * self.cluster_rows, store)) * unit
+
+    def even_clusters(self, tiles: int, k_blocks: int, slots: int) -> int:
+        """As heuristics::even_clusters of csrc/heuristics/gemm.h."""
+        if tiles >= slots:
+            return 0
+        even, steps = slots // tiles * tiles, ceil_div(k_blocks, 2)
+        short_pieces = self.tokens <= 64 and steps * tiles <= 16 * slots
+        return even if short_pieces or 10 * even >= 9 * slots else 0
 
     def slots(self, multiprocessors: int) -> int:
         """Clusters at a time, as gemm.cpp guesses them where no device can be asked."""
@@ -76,6 +84,25 @@ class Model:
             row = f"COST({name + ',':<22} {sparse:.3f}, {dense:.3f}, {tile:>5.2f}, {fixup:>5.2f})"
             table = re.sub(rf"^COST\({name},[^)]*\)", row, table, flags=re.MULTILINE)
         COSTS.write_text(table)
+
+    def rounded(self) -> Model:
+        """As `write` writes it."""
+        device = {name: float(number_text(value)) for name, value in self.device.items()}
+        digits = (3, 3, 2, 2)
+        config = {
+            name: [round(value, to) for value, to in zip(costs, digits, strict=True)]
+            for name, costs in self.config.items()
+        }
+        return Model(device, config)
+
+    def times(self, factor: float) -> Model:
+        """All estimates by `factor`."""
+        device = dict(self.device)
+        for name in device:
+            if name.endswith(("Us", "Ns")):
+                device[name] *= 1 / factor if name.endswith("PerUs") else factor
+        config = {name: [factor * value for value in c] for name, c in self.config.items()}
+        return Model(device, config)
 
     def vector(self, names: list[str]) -> np.ndarray:
         values = [self.device[name] for name in DEVICE]
@@ -130,17 +157,20 @@ def facts_of(
     sparse = (4 * row_tiles * blocks - packed_bytes // BLOCK_BYTES) // 3 / row_tiles
     token_tiles = ceil_div(m, config.tokens)
     x_rows = ceil_div(row_tiles, config.row_tiles) * m
-    size = config.cluster_rows * config.splits
+    size, slots = config.cluster_rows * config.splits, config.slots(multiprocessors)
+    tiles = ceil_div(row_tiles, config.row_tiles * config.cluster_rows) * token_tiles
+    even = config.even_clusters(tiles, blocks, slots)
     return {
         "sparse": sparse / config.splits,
         "dense": (blocks - 2 * sparse) / config.splits,
-        "rounds": ceil_div(row_tiles, config.row_tiles * config.cluster_rows)
-        * token_tiles
-        / config.slots(multiprocessors),
+        "zeros": ((token_tiles * config.tile_tokens(m) - m) / 32) ** 2 * blocks / config.splits,
+        "rounds": tiles / slots,
+        "pieces": tiles / (even or slots),
+        "cut": even != tiles,
+        "begun": ceil_div(tiles, slots) + (not even and tiles % slots > 0),
         "tickets": size == 1,
         "company": size - 1 if token_tiles > 1 else 0,
         "token_tiles": token_tiles,
-        "filled": config.tile_tokens(m) / config.tokens,
         "once": packed_bytes + m * k + 2 * m * n,
         "operands": packed_bytes + m * k,
         "l2": packed_bytes * token_tiles + x_rows * k / config.cluster_rows,
@@ -150,9 +180,9 @@ def facts_of(
 def estimate(device: dict, sparse, dense, tile, fixup, stream, facts: dict) -> np.ndarray:
     rounds, token_tiles = facts["rounds"], facts["token_tiles"]
     units_us = facts["sparse"] * sparse + facts["dense"] * dense
-    units_us = units_us * (1 - device["kEmpty"] * (1 - facts["filled"]))
+    units_us = units_us + facts["zeros"] * device["kZeroRowsNs"] / 1000
     full = np.ceil(rounds)
-    cut = rounds * units_us + full * tile + fixup
+    cut = facts["pieces"] * units_us + facts["begun"] * tile + facts["cut"] * fixup
     work = np.where(stream, cut, np.maximum(1, rounds) * (units_us + tile))
     again = device["kReread"] * np.maximum(0, facts["operands"] - L2_BYTES) * (token_tiles - 1)
     dram = (facts["once"] + np.where(stream, again, 0)) / device["kDramBytesPerUs"]
@@ -166,14 +196,22 @@ def estimate(device: dict, sparse, dense, tile, fixup, stream, facts: dict) -> n
     return us + device["kLaunchUs"] * np.where(stream, device["kStreamLaunch"], 1)
 
 
-def choice(model: Model, n: int, k: int, m: int, packed_bytes: int, multiprocessors: int) -> str:
-    """NAME:MODE with the least estimate, as the op chooses where no device can be asked."""
+def estimates(
+    model: Model, n: int, k: int, m: int, packed_bytes: int, multiprocessors: int
+) -> dict[str, float]:
+    """Microseconds of every NAME:MODE."""
     us = {}
     for name, config in instances().items():
         facts = facts_of(config, n, k, m, packed_bytes, multiprocessors)
         for mode in modes(config):
             costs = model.config[name]
-            us[f"{name}:{mode}"] = estimate(model.device, *costs, mode == "stream", facts)
+            us[f"{name}:{mode}"] = float(estimate(model.device, *costs, mode == "stream", facts))
+    return us
+
+
+def choice(model: Model, n: int, k: int, m: int, packed_bytes: int, multiprocessors: int) -> str:
+    """NAME:MODE with the least estimate, as the op chooses where no device can be asked."""
+    us = estimates(model, n, k, m, packed_bytes, multiprocessors)
     return min(us, key=us.__getitem__)
 
 
@@ -186,10 +224,12 @@ def tile_name(config: str) -> str:
     return re.sub(r"_s\d+x\d+", "", config)
 
 
-def read_runs(paths: list[Path]) -> Runs:
+def read_runs(paths: list[Path], twice: bool = False) -> Runs:
     """The `configs` of sweep files. Unknown configs are left out.
 
-    A problem of two runs is two problems: times of one run compare, those of two hardly.
+    A problem of two runs is two problems: times of one run compare, those of two hardly. A sweep
+    timed what the op chose twice, by itself and by name: with `twice` the mean of both stands
+    for the latter.
     """
     known = instances()
     today = {tile_name(name): name for name in known}
@@ -204,14 +244,21 @@ def read_runs(paths: list[Path]) -> Runs:
             multiprocessors = device.get("multiprocessors", multiprocessors)
     shapes = list(dict.fromkeys(key for key, _ in entries))
     number, names = {key: i for i, key in enumerate(shapes)}, list(known)
-    rows, auto, timed = [], {}, {}
+    rows, auto, own, timed = [], {}, {}, {}
     for (key, choice), entry in entries.items():
         name, _, mode = choice.partition(":")
         name = today.get(tile_name(name), name)
         if choice == "auto":
             auto[number[key]] = entry["us"]
+            if twice and (by_name := entries.get((key, entry.get("choice")))):
+                name, _, mode = entry["choice"].partition(":")
+                both = (entry["us"] + by_name["us"]) / 2
+                own[key, today.get(tile_name(name), name), mode] = both
         elif name in known:
             timed.setdefault(key, {"bytes": entry["packed_bytes"]})[name, mode] = entry["us"]
+    for (key, *choice), us in own.items():
+        if tuple(choice) in timed.get(key, ()):
+            timed[key][tuple(choice)] = us
     for key, times in timed.items():
         _, n, k, m, *_ = key
         for at, (name, config) in enumerate(known.items()):

@@ -32,8 +32,10 @@ constexpr double kDramBytesPerUs = 3.327e6, kL2BytesPerUs = 15.353e6, kLaunchUs 
 constexpr double kStreamLaunch = 1.455;  // a stream-K launch against another
 constexpr double kExponent = 2.126;      // how the limits add up: 1 would be one after another
 constexpr double kL2Bytes = 40e6, kReread = 0.050;  // cut tiles read again what L2 does not hold
-// Of a unit's time, where a tile holds none of the tokens that it could: it copies fewer rows of x.
-constexpr double kEmpty = 0.062;
+// Nanoseconds by which 32 rows of zeros in the last token tile, which the tensor map makes up,
+// delay 128 columns: they take longer to copy than rows of x. Few hide behind the weight's copies,
+// so that the delay grows with their square.
+constexpr double kZeroRowsNs = 22.000;
 constexpr double kSpread = 0.071;  // of the time: how much earlier than the last the first CTAs end
 // For each CTA that a cluster waits for beside itself, where several clusters read a weight.
 constexpr double kCompany = 0.050;
@@ -53,9 +55,11 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
   const double tiles = std::ceil(row_tiles / group_tiles(config)) * token_tiles;
   const double blocks = static_cast<double>(desc.k_blocks());
   const double sparse = static_cast<double>(desc.sparse_units()) / row_tiles;
-  const double filled = static_cast<double>(tile_tokens(config, desc.m)) / config.tokens;
-  const double units_us = (sparse * c.sparse_us + (blocks - 2 * sparse) * c.dense_us) /
-                          config.splits * (1 - kEmpty * (1 - filled));
+  const double zeros =
+      (token_tiles * tile_tokens(config, desc.m) - static_cast<double>(desc.m)) / 32;
+  const double units_us = (sparse * c.sparse_us + (blocks - 2 * sparse) * c.dense_us +
+                           zeros * zeros * blocks * kZeroRowsNs / 1000) /
+                          config.splits;
 
   const double w = static_cast<double>(desc.packed_bytes);
   const double x = static_cast<double>(desc.m * desc.k), y = static_cast<double>(desc.m * desc.n);
@@ -67,7 +71,11 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
   if (choice.mode == Mode::kWhole) {
     work = std::max(1.0, rounds) * (units_us + c.tile_us);
   } else {
-    work = rounds * units_us + full * c.tile_us + c.fixup_us;
+    // Pieces of even_clusters() may be whole tiles; others cross from one tile into the next.
+    const int even = even_clusters(config, static_cast<int64_t>(tiles), desc.k_blocks(), slots);
+    const double begun = full + (!even && full != rounds ? 1 : 0);
+    work = (even ? tiles / even : rounds) * units_us + begun * c.tile_us;
+    if (even != tiles) work += c.fixup_us;
     launch *= kStreamLaunch;
     dram += kReread * std::max(0.0, w + x - kL2Bytes) * (token_tiles - 1) / kDramBytesPerUs;
   }

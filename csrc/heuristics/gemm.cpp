@@ -90,8 +90,17 @@ int cluster_slots(const GemmDesc& desc, const MaxClusters& fit, const GemmConfig
   return std::max(1, known ? known : guess);
 }
 
+int even_clusters(const GemmConfig& config, int64_t tiles, int64_t k_blocks, int slots) {
+  constexpr int kShortPiece = 16;
+  if (tiles >= slots) return 0;
+  const int64_t even = slots / tiles * tiles, steps = steps_of(static_cast<int32_t>(k_blocks));
+  const bool nearly_all = 10 * even >= 9 * slots;
+  const bool short_pieces = config.tokens <= 64 && steps * tiles <= kShortPiece * slots;
+  return nearly_all || short_pieces ? static_cast<int>(even) : 0;
+}
+
 ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slots) {
-  constexpr int kBand = 16, kSkew = 100, kShortPiece = 16;
+  constexpr int kBand = 16, kSkew = 100;
   const GemmConfig& config = *choice.config;
   ScheduleParams p;
   p.row_tiles = static_cast<int32_t>(desc.row_tiles());
@@ -120,13 +129,9 @@ ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slot
   if (config.tokens > 64) {  // bound by the tensor cores: whole tiles, and stream-K for the rest
     p.whole = tiles % p.clusters == 0 ? tiles : std::max(0, tiles / p.clusters - 1) * p.clusters;
   }
-  // As many pieces of a size for every tile, so that no CTA has to do with two if tiles are of one
-  // size, where that keeps nearly all of them busy or pieces are short.
-  const int32_t even = slots / tiles * tiles;
-  const bool small = config.tokens <= 64, short_pieces = steps * tiles <= kShortPiece * slots;
-  if (tiles < slots && (10 * even >= 9 * slots || (small && short_pieces))) {
+  if (const int even = even_clusters(config, tiles, p.k_blocks, slots)) {
     p.clusters = even;
-  } else if (small) {
+  } else if (config.tokens <= 64) {
     p.skew = kSkew;
   }
   if (p.whole < tiles) {
