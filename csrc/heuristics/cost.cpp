@@ -28,17 +28,17 @@ constexpr size_t kInstances = 0
 static_assert(std::size(kCosts) == kInstances, "every instance has its costs");
 
 // Of the device, by the same fit: the rates that its limits seem to have in this formula.
-constexpr double kDramBytesPerUs = 3.327e6, kL2BytesPerUs = 15.353e6, kLaunchUs = 0.988;
-constexpr double kStreamLaunch = 1.455;  // a stream-K launch against another
-constexpr double kExponent = 2.126;      // how the limits add up: 1 would be one after another
-constexpr double kL2Bytes = 40e6, kReread = 0.050;  // cut tiles read again what L2 does not hold
+constexpr double kDramBytesPerUs = 3.545e6, kL2BytesPerUs = 18.542e6, kLaunchUs = 0.365;
+constexpr double kStreamLaunch = 2.990;  // a stream-K launch against another
+constexpr double kExponent = 1.818;      // how the limits add up: 1 would be one after another
+constexpr double kL2Bytes = 40e6, kReread = 0.099;  // cut tiles read again what L2 does not hold
 // Nanoseconds by which 32 rows of zeros in the last token tile, which the tensor map makes up,
 // delay 128 columns: they take longer to copy than rows of x. Few hide behind the weight's copies,
 // so that the delay grows with their square.
-constexpr double kZeroRowsNs = 22.000;
-constexpr double kSpread = 0.071;  // of the time: how much earlier than the last the first CTAs end
+constexpr double kZeroRowsNs = 31.685;
+constexpr double kSpread = 0.087;  // of the time: how much earlier than the last the first CTAs end
 // For each CTA that a cluster waits for beside itself, where several clusters read a weight.
-constexpr double kCompany = 0.050;
+constexpr double kCompany = 0.031;
 
 const Cost& cost(const GemmConfig& config) {
   return *std::find_if(std::begin(kCosts), std::end(kCosts),
