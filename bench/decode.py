@@ -60,7 +60,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=0.15, help="replays of one step, or part, go on so long"
     )
-    parser.add_argument("--no-hint", action="store_true", help="no hint of the next weight, ours")
     parser.add_argument("--stop-after", type=float, help="seconds after which no point begins")
     parser.add_argument("--out", type=Path)
     add_commit(parser)
@@ -106,7 +105,7 @@ class Runner:
         start = time.perf_counter()
         try:
             make = factory(kind, d, self.device, rows, self.recorder)
-            weights = Weights(shape, make, self.device, hint=not self.args.no_hint)
+            weights = Weights(shape, make, self.device)
             self._synchronize()
             name = kind if d is None else f"{kind} {d:.1%}"
             seconds = time.perf_counter() - start
@@ -170,7 +169,6 @@ class Runner:
             "context": context,
             "cache": cache,
             "linear_gib": round(weights.linear_bytes / GIB, 3),
-            "hint": kind == "spense" and not self.args.no_hint,
             "clocks": self.clocks,
         }
         print(line(self.results.add(point), self.results.points), flush=True)

@@ -26,7 +26,7 @@ from gemm import ceiling, regret, report, targets
 from gemm.choices import Choices, launches
 from gemm.lost import DeviceLost, avoided, start_anew
 from gemm.machine import add_commit, clocks, machine, short_name
-from gemm.rivals import Spense, hinted
+from gemm.rivals import Spense
 from gemm.shapes import GRIDS, MODELS, TOKENS, Layer, is_model, parse_layers
 from gemm.timing import BLOCK_S, BLOCKS, Recorder, rotation
 from gemm.workload import RIVALS, Workload
@@ -35,7 +35,9 @@ from spense_kernels.testing.configs import gemm_configs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SETTLED_TOKENS = 256  # from here on products draw so much power that the clock depends on them
-GRAPH_US = 800  # a recording lasts at least about so long
+# A recording lasts at least about so long: what its first launch waits for is no part of a model's
+# many layers.
+GRAPH_US = 2400
 SETUP_SECONDS = 0.15  # of one point: recording, cuSPARSELt's search
 
 
@@ -139,9 +141,7 @@ class Sweep:
             floor = ceiling.floor_us(layer, split, m, self.rate)
             calls.append(workload.calls(m))
             turns = {
-                name: self._in_turn(
-                    name, rotation(of_rival, launches(self.recorder, floor, GRAPH_US))
-                )
+                name: rotation(of_rival, launches(self.recorder, floor, GRAPH_US))
                 for name, of_rival in calls[-1].items()
             }
             facts = {"n": layer.n, "k": layer.k, "packed_bytes": split.packed_bytes}
@@ -168,9 +168,7 @@ class Sweep:
         passes = launches(self.recorder, total["floor_us"], GRAPH_US)
         names = set.intersection(*(set(p["times"]) for p in points))
         chains = {
-            name: self._in_turn(
-                name, [c[name][i % len(c[name])] for i in range(passes) for c in calls]
-            )
+            name: [c[name][i % len(c[name])] for i in range(passes) for c in calls]
             for name in calls[0]
             if name in names
         }
@@ -183,10 +181,6 @@ class Sweep:
             | {"packed_bytes": sum(p["packed_bytes"] for p in points)}
             | {"times": self._measure(workloads, first["m"], chains, dict.fromkeys(chains, passes))}
         )
-
-    @staticmethod
-    def _in_turn(name: str, calls: list) -> list:
-        return hinted(calls) if name == "spense" else calls
 
     def _measure(
         self, workloads: list[Workload], m: int, calls: dict[str, list], passes: dict[str, int]

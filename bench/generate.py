@@ -3,8 +3,25 @@
 
     python bench/generate.py --model qwen3-32b --batch 1 16 --out bench/results/generate.json
 
-Compiling all layers takes minutes on one core, for every kind and batch; `--layers` and
-`--stop-after` bound it. The file is written after every point.
+Compiling all layers takes minutes, for every kind and batch; `--layers` and `--stop-after` bound
+it. The file is written after every kind and batch.
+
+After every token `generate` waits for the GPU: a step is what the host does before the CUDA graph
+is launched, the graph, and a little more. How much the host adds depends on how it is called, so
+each kind and batch has two rows, from the same compiled code, with transformers' loop in both:
+
+    plain  cache_implementation="static": every call has a new cache and records new graphs
+    tuned  every call is given the cache of the first (`reset`), so that one graph fits, under
+           torch.compiler.set_stance(skip_guard_eval_unsafe=True), which leaves most guards out
+
+A row's columns:
+
+    ms             a token, between tokens 16 and 80 of a call; median of three calls
+    gpu_ms         the CUDA graph without its launch, in a call of its own; median step
+    call_host_ms   the host's time in the compiled model, guards and launch included; median step
+    first_token_s  from the start of a call to its first token
+    first_call_s   the call that compiled; the same for both rows
+    graphs, breaks what torch.compile made so far; 1 and 0 unless it compiled anew
 
 The model is transformers' own class with random weights. "spense" has SpenseLinear layers, fused as
 loading onto CUDA fuses them; "dense" has FP8 layers that quantise x a row at a time and call
@@ -17,8 +34,11 @@ import argparse
 import gc
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 import transformers
@@ -27,6 +47,9 @@ from gemm.machine import add_commit, machine
 from gemm.operands import random_fp8, unit_scale
 from gemm.report import write_points
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import Cache, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from spense_kernels import SpenseLinear, neighbours
 from spense_kernels.checkpoint.skeleton import parameters_on_meta, set_tensor
@@ -41,8 +64,12 @@ CLASSES = {
     "tiny": ("Qwen3ForCausalLM", "Qwen3Config"),
 }
 FP8 = torch.float8_e4m3fn
-SHORT, LONG = 16, 80  # new tokens of two runs; their difference leaves prompt and overhead out
+SHORT, LONG = 16, 80  # new tokens after which a step is taken for steady, and at the end
 REPEATS = 3
+LAUNCH_CYCLES = 10_000_000  # more than the host needs to launch a graph of thousands of kernels
+ROWS = ("tuned", "plain")  # in this order: what plain calls record makes later steps slower
+OUTPUTS = {each.name for each in fields(GenerateDecoderOnlyOutput)}
+CACHE = "cache" if "cache" in OUTPUTS else "past_key_values"  # its name as argument and output
 SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
@@ -138,49 +165,168 @@ def build(shape: ModelShape, kind: str, d: float, device: torch.device) -> nn.Mo
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
+    model.lm_head.weight.data[config.eos_token_id] = 0  # never the largest logit: no early end
     if kind == "spense":
         neighbours.fuse(model)
     return model.requires_grad_(False)
 
 
-def seconds_of(model: nn.Module, prompt: Tensor, new_tokens: int, static: bool) -> float:
-    device = prompt.device
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+@dataclass
+class Call:
+    """What one call of `generate` tells about itself; times in seconds."""
+
+    cache: Cache | None = None
+    marks: dict[int, float] = field(default_factory=dict)  # end of tokens 1, SHORT and LONG
+    in_model: list[float] = field(default_factory=list)  # host, every step of the compiled model
+    replays: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    @property
+    def ms(self) -> float:
+        return (self.marks[LONG] - self.marks[SHORT]) / (LONG - SHORT) * 1e3
+
+    @property
+    def host_ms(self) -> float | None:
+        steady = self.in_model[SHORT - 1 :]
+        return median(steady) * 1e3 if steady else None
+
+    @property
+    def gpu_ms(self) -> float | None:
+        steady = [a.elapsed_time(b) for a, b in self.replays[SHORT - 1 :]]
+        return median(steady) if steady else None
+
+
+class Marks(StoppingCriteria):
+    """Notes when certain tokens are complete and stops nothing."""
+
+    def __init__(self, call: Call, prompt: Tensor):
+        self.call, self.prompt, self.start = call, prompt, time.perf_counter()
+
+    def __call__(self, ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        made = ids.shape[1] - self.prompt.shape[1]
+        if made in (1, SHORT, LONG):
+            wait(ids.device)
+            self.call.marks[made] = time.perf_counter() - self.start
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+
+@contextmanager
+def host_timed(model: nn.Module, call: Call) -> Iterator[None]:
+    """Times what `get_compiled_call` gives `generate` for decoding."""
+    compiled_call = model.get_compiled_call
+
+    def timed_call(config) -> Callable:
+        run = compiled_call(config)
+
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            result = run(*args, **kwargs)
+            call.in_model.append(time.perf_counter() - start)
+            return result
+
+        return timed
+
+    model.get_compiled_call = timed_call
+    try:
+        yield
+    finally:
+        del model.get_compiled_call
+
+
+@contextmanager
+def replays_timed(call: Call) -> Iterator[None]:
+    """Puts events before and after every replay of a CUDA graph."""
+    replay = torch.cuda.CUDAGraph.replay
+
+    def timed(graph: torch.cuda.CUDAGraph) -> None:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(LAUNCH_CYCLES)  # so that the graph is there when its time begins
+        before.record()
+        replay(graph)
+        after.record()
+        call.replays.append((before, after))
+
+    torch.cuda.CUDAGraph.replay = timed
+    try:
+        yield
+    finally:
+        torch.cuda.CUDAGraph.replay = replay
+
+
+def generate(
+    model: nn.Module, prompt: Tensor, cache: Cache | None = None, graphs: bool = False
+) -> Call:
+    """LONG tokens, greedily, with this static cache or one of its own; `graphs` times those."""
+    call = Call()
+    if cache is None:
+        options: dict = {"cache_implementation": "static"}
+    else:
+        cache.reset()
+        options = {CACHE: cache}
+    wait(prompt.device)
+    with host_timed(model, call), replays_timed(call) if graphs else nullcontext():
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=LONG,
+            do_sample=False,
+            return_dict_in_generate=True,
+            stopping_criteria=StoppingCriteriaList([Marks(call, prompt)]),
+            **options,
+        )
+    wait(prompt.device)
+    call.cache = getattr(output, CACHE)
+    return call
+
+
+def measure(model: nn.Module, batch: int, context: int, device: torch.device) -> list[dict]:
+    """The rows of a model that has not generated since the last `forget`."""
+    prompt = torch.randint(3, model.config.vocab_size, (batch, context), device=device)
+    counters.clear()
     start = time.perf_counter()
-    tokens = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        **({"cache_implementation": "static"} if static else {}),
-    )
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    assert tokens.shape[1] == prompt.shape[1] + new_tokens
-    return time.perf_counter() - start
-
-
-def measure(model: nn.Module, batch: int, context: int, device: torch.device) -> dict:
-    """Of a model that has not generated since the last `forget`."""
-    vocabulary = model.config.vocab_size
-    prompt = torch.randint(3, vocabulary, (batch, context), device=device)
-    static = device.type == "cuda"
-    # The first compiles and captures; every later one captures anew, as it has a cache of its own.
-    first = seconds_of(model, prompt, LONG, static)
+    cache = generate(model, prompt).cache
+    first = time.perf_counter() - start
     print(f"  first call {first:.1f} s", flush=True)
-    short, long = (
-        min(seconds_of(model, prompt, count, static) for _ in range(REPEATS))
-        for count in (SHORT, LONG)
-    )
-    ms = (long - short) / (LONG - SHORT) * 1e3
-    return {
-        "ms": round(ms, 4),
-        "tokens_per_s": round(batch / ms * 1e3, 1),
-        "prompt_and_overhead_s": round(short - SHORT * ms / 1e3, 4),
-        "first_call_s": round(first, 1),
-    }
+    rows = []
+    for row in ROWS:
+        own = cache if row == "tuned" else None
+        stance = {"skip_guard_eval_unsafe": True} if row == "tuned" else {}
+        # Compiling anew, with all layers, would take the time of all other points.
+        with torch.compiler.set_stance("fail_on_recompile", **stance):
+            calls = [generate(model, prompt, own) for _ in range(REPEATS)]
+            gpu_ms = generate(model, prompt, own, graphs=True).gpu_ms
+        ms = median(call.ms for call in calls)
+        host_ms = [call.host_ms for call in calls if call.host_ms is not None]
+        rows.append(
+            {
+                "host": row,
+                "ms": round(ms, 4),
+                "tokens_per_s": round(batch / ms * 1e3, 1),
+                "gpu_ms": None if gpu_ms is None else round(gpu_ms, 4),
+                "call_host_ms": round(median(host_ms), 4) if host_ms else None,
+                "first_token_s": round(median(call.marks[1] for call in calls), 4),
+                "first_call_s": round(first, 1),
+                "graphs": counters["stats"]["unique_graphs"],
+                "breaks": sum(counters["graph_break"].values()),
+            }
+        )
+    return rows
+
+
+def text_of(row: dict, batch: int, points: list[dict]) -> str:
+    """One line, with the speed against dense where that is among the points."""
+    alike = {"kind": "dense", "batch": batch, "host": row["host"]}
+    ratios = [p["ms"] / row["ms"] for p in points if alike.items() <= p.items()]
+    text = f"{row['host']} {row['ms']:8.3f} ms/token {row['tokens_per_s']:9.1f} tokens/s"
+    if row["gpu_ms"] is not None:
+        text += f", graph {row['gpu_ms']:.3f} ms"
+    if row["call_host_ms"] is not None:
+        text += f", host in the model {row['call_host_ms']:.3f} ms"
+    return text + "".join(f", {ratio:.3f}x" for ratio in ratios)
 
 
 def forget(device: torch.device) -> None:
@@ -222,8 +368,10 @@ def main(arguments: list[str] | None = None) -> int:
     for kind in sorted(args.kinds, key=KINDS.index):
         if late(kind):
             continue
+        begin = time.perf_counter()
         model = build(shape, kind, args.dense, device)
-        print(f"{shape.name} {kind}: built, {time.perf_counter() - start:.1f} s", flush=True)
+        wait(device)
+        print(f"{shape.name} {kind}: built in {time.perf_counter() - begin:.1f} s", flush=True)
         for batch in args.batch:
             where = f"{kind:<7} batch {batch:>3}, context {args.context}"
             if late(where):
@@ -231,24 +379,18 @@ def main(arguments: list[str] | None = None) -> int:
             point = {"model": shape.name, "layers": shape.layers, "kind": kind, "batch": batch}
             point |= {"dense": args.dense if kind == "spense" else None, "context": args.context}
             try:
-                point |= measure(model, batch, args.context, device)
+                rows = measure(model, batch, args.context, device)
             except RuntimeError as fault:  # the others are timed all the same
                 failures += 1
                 print(f"{shape.name} {where}: FAILED: {first_line(fault)}", flush=True)
                 continue
             finally:
                 forget(device)
-            rival = [p for p in points if p["kind"] == "dense" and p["batch"] == batch]
-            ratio = f"{rival[0]['ms'] / point['ms']:.3f}x" if rival else ""
-            points.append(point)
+            for row in rows:
+                print(f"{shape.name} {where}: {text_of(row, batch, points)}", flush=True)
+                points.append(point | row)
             if args.out:
                 write_points(args.out, run, points)
-            print(
-                f"{shape.name} {where}: {point['ms']:8.3f} ms/token "
-                f"{point['tokens_per_s']:9.1f} tokens/s {ratio} "
-                f"(first call {point['first_call_s']:.0f} s)",
-                flush=True,
-            )
         del model
         forget(device)
     return 1 if failures else 0

@@ -6,7 +6,8 @@
 
 gather   the kernel alone, back to back in one graph, with a random gather over without
 added    a layer in one graph as [quantize_fp8, hybrid_gemm] minus [hybrid_gemm] alone, weights
-         rotated past the L2; a launch of each follows the other as a programmatic dependent
+         rotated past the L2; a launch of each follows the other as a programmatic dependent; the
+         second figure is without a gather, as models run down, whose order gate and up write
 pack     ops.pack of the largest layer, checks of its contents and tables included
 """
 
@@ -40,7 +41,7 @@ LARGEST = Layer("", "51200x5120", 51200, 5120)
 
 HEADER = (
     f"{'layer':<20} {'M':>5} | {'no gather us':>12} {'gather us':>10} {'ratio':>6} {'GB/s':>6} | "
-    f"{'gemm us':>8} {'with us':>8} {'added us':>8} | spread"
+    f"{'gemm us':>8} {'with us':>8} {'added us':>8} {'in order':>8} | spread"
 )
 
 
@@ -53,15 +54,15 @@ def quantise_calls(m: int, k: int, device: torch.device, gather: bool) -> list[C
     return [partial(ops.quantize_fp8, x, order) for x in inputs]
 
 
-def chained(x: torch.Tensor, order: torch.Tensor, product, *rest, **kwargs) -> torch.Tensor:
+def chained(x: torch.Tensor, order: torch.Tensor | None, product, *rest, **kwargs) -> torch.Tensor:
     x8, x_scale = ops.quantize_fp8(x, order)
     return product(x8, *rest[:2], x_scale, *rest[2:], **kwargs)
 
 
-def chain_calls(spense: Spense, m: int) -> list[Call]:
+def chain_calls(spense: Spense, m: int, gather: bool = True) -> list[Call]:
     """The calls of `spense.calls`, each behind a quantisation of its x."""
     k, device = spense.layer.k, spense.device
-    order = torch.randperm(k, dtype=torch.int32, device=device)
+    order = torch.randperm(k, dtype=torch.int32, device=device) if gather else None
     x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
     calls = []
     for call in spense.calls(m):
@@ -79,10 +80,11 @@ def measure(recorder: Recorder, spense: Spense, m: int, rate: float, seconds: fl
         "gather": quantise_calls(m, layer.k, device, gather=True),
         "gemm": spense.calls(m),
         "chain": chain_calls(spense, m),
+        "chain_in_order": chain_calls(spense, m, gather=False),
     }
     floor = floor_us(layer, spense.split, m, rate)
     launches = dict.fromkeys(("plain", "gather"), GRAPH_LAUNCHES if m <= 512 else 8)
-    launches |= dict.fromkeys(("gemm", "chain"), round(GRAPH_US / floor))
+    launches |= dict.fromkeys(("gemm", "chain", "chain_in_order"), round(GRAPH_US / floor))
     turns = {name: rotation(c, launches[name] if cuda else 1) for name, c in calls.items()}
     recordings = {name: recorder.record(c, len(c)) for name, c in turns.items()}
     times = recorder.measure(recordings, seconds)
@@ -94,6 +96,7 @@ def measure(recorder: Recorder, spense: Spense, m: int, rate: float, seconds: fl
         "gather_ratio": round(us["gather"] / us["plain"], 4),
         "bytes_per_second": round(m * (2 * layer.k + padded_k(layer.k)) / us["gather"] * 1e6),
         "added_us": round(us["chain"] - us["gemm"], 3),
+        "added_in_order_us": round(us["chain_in_order"] - us["gemm"], 3),
         "times": times,
     }
 
@@ -103,7 +106,7 @@ def line(row: dict) -> str:
     return (
         f"{row['layer']:<20} {row['m']:>5} | {us['plain']:>12.2f} {us['gather']:>10.2f} "
         f"{row['gather_ratio']:>6.3f} {row['bytes_per_second'] / 1e9:>6.0f} | {us['gemm']:>8.2f} "
-        f"{us['chain']:>8.2f} {row['added_us']:>8.2f} | "
+        f"{us['chain']:>8.2f} {row['added_us']:>8.2f} {row['added_in_order_us']:>8.2f} | "
         f"{max(t['spread'] for t in row['times'].values()):.1%}"
     )
 

@@ -138,9 +138,29 @@ def neighbours_table(neighbours: dict) -> str:
     ]
     for op, k in dict.fromkeys((op, k) for op, k, _ in points):
         found = (points[op, k, m] for m in tokens)
-        cells = (f"{p['us']:.1f} us, {p['copy_us'] / p['us']:.0%}" for p in found)
+        cells = (
+            f"{p['us']:.1f} us, {p['copy_us'] / p['us']:.0%}"
+            + (f", L2 {warm:.1f} us" if (warm := p.get("from_l2_us")) else "")
+            for p in found
+        )
         lines.append(f"| {op} | {k} | {' | '.join(cells)} |")
     lines += ["", tables.run_line({"runs": [neighbours["run"]]}, {0})]
+    return "\n".join(lines)
+
+
+def generate_table(generate: dict) -> str:
+    """Of transformers: time of a token, what of it the GPU needs, and the host in the model."""
+    lines = [
+        "| linear layers | ms a token | graph on the GPU, ms | host in the model, ms | tokens/s |"
+    ]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for p in generate["points"]:
+        kind = "dense FP8" if p["kind"] == "dense" else f"spense, {p['dense']:.0%} dense"
+        if p["host"] != "plain":
+            kind += f", {p['host']}"
+        cells = (f"{p['ms']:.1f}", f"{p['gpu_ms']:.1f}", f"{p['call_host_ms']:.1f}")
+        lines.append(f"| {kind} | {' | '.join(cells)} | {p['tokens_per_s']:.1f} |")
+    lines += ["", tables.run_line({"runs": [generate["run"]]}, {0})]
     return "\n".join(lines)
 
 
@@ -166,6 +186,7 @@ PAGES = {
     "docs/performance-h200.md": {"h200": (RESULTS / "gemm_h200.json", tables.full_tables)},
     "docs/transformers.md": {
         "neighbours": (RESULTS / "neighbours_h100.json", neighbours_table),
+        "generate": (RESULTS / "generate.json", generate_table),
     },
     "docs/sm90-misses.md": {"counters": (RESULTS / "counters_h100.json", counters_table)},
 }

@@ -31,7 +31,7 @@ CSRC_ARROWS = {
 # Which modules of spense_kernels a module may import.
 BASE = {"errors", "layout", "_load", "_fake", "ops", "env"}
 WEIGHTS = BASE | {"format", "quant"}
-FUSED = WEIGHTS | {"linear", "fusion", "neighbours", "prefetch"}
+FUSED = WEIGHTS | {"linear", "fusion", "neighbours"}
 MODELS = FUSED | {"checkpoint", "models", "evaluate", "progress"}
 PYTHON_ARROWS = {
     "errors": set(),
@@ -46,8 +46,7 @@ PYTHON_ARROWS = {
     "format": BASE | {"quant"},
     "linear": WEIGHTS,
     "fusion": WEIGHTS | {"linear"},
-    "neighbours": WEIGHTS | {"linear", "fusion", "prefetch"},
-    "prefetch": {"linear"},
+    "neighbours": WEIGHTS | {"linear", "fusion"},
     "checkpoint": FUSED,
     "models": MODELS - {"evaluate"},
     "evaluate": MODELS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import pairwise, permutations
+from itertools import permutations
 from pathlib import Path
 from weakref import ref
 
@@ -143,18 +143,6 @@ def test_ours_and_dense_are_called_alike():
     assert isinstance(ours, Spense)
     assert sorted(ours.gather.tolist()) == list(range(256))
     assert ours.weight_bytes == ours.split.packed_bytes
-
-
-def test_ours_know_which_weight_comes_next():
-    weights = Weights(TINY, make("spense", 0.25), CPU)
-    in_turn = [linear for layer in weights.layers for linear in layer.linears.values()]
-    assert len(in_turn) == 4 * TINY.layers
-    for linear, following in pairwise(in_turn):
-        assert linear.following[0] is following.stream
-        assert linear.following[2] == following.k
-    assert in_turn[-1].following is None
-    plain = Weights(TINY, make("spense", 0.25), CPU, hint=False)
-    assert plain.layers[0].linears["qkv"].following is None
 
 
 @pytest.mark.parametrize("kind", ["dense", "spense"])

@@ -257,23 +257,3 @@ def test_devices_do_not_mix():
     x, scale = exact_x(3, 4112)
     with pytest.raises(RuntimeError, match=r"w_packed: expected device cuda:0 .*got cuda:1"):
         case.run(x, scale)
-
-
-@configs
-@pytest.mark.parametrize("m", [4, 100])
-def test_hint_of_the_next_weight_changes_nothing(config, m):
-    """Two weights of unlike shapes in turn, each naming the other as the next."""
-    cases = exact_problem(), exact_problem(6000, 1040)
-    inputs = [exact_x(m, case.packed.k) for case in cases]
-    wanted = [case.exact(*rows, FLOAT32) for case, rows in zip(cases, inputs, strict=True)]
-    for turn in range(4):
-        case, other = cases[turn % 2], cases[(turn + 1) % 2].packed
-        out = case.run(
-            *inputs[turn % 2],
-            config,
-            out_dtype=FLOAT32,
-            next_w_packed=other.w_packed,
-            next_w_tiles=other.w_tiles,
-            next_k=other.k,
-        )
-        check_bits(out, wanted[turn % 2], f"{config} with a hint, turn {turn}")

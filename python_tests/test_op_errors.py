@@ -24,9 +24,7 @@ from spense_kernels.testing.op_inputs import (
 )
 
 GOOD = {
-    "hybrid_gemm": lambda: gemm_call(
-        m=3, n=200, k=512, dense_width=[128, 256], bias=True, hint=True
-    ),
+    "hybrid_gemm": lambda: gemm_call(m=3, n=200, k=512, dense_width=[128, 256], bias=True),
     "quantize_fp8": lambda: quantize_call(m=4, k=200, dtype=torch.bfloat16, gather=True),
     "rms_norm_quantize": lambda: norm_call(m=4, k=200, dtype=torch.bfloat16),
     "add_rms_norm_quantize": lambda: norm_call(m=4, k=200, dtype=torch.bfloat16, add=True),
@@ -90,7 +88,6 @@ ROWS = {QUANT: "x", NORM: "x", ADD: "x", SILU: "gate", GELU: "gate"}
 ALIKE = {ADD: "residual", SILU: "up", GELU: "up"}
 U8, I32, F32 = torch.uint8, torch.int32, torch.float32
 E = "expected "
-BOTH_NEXT = E + "both next_w_packed and next_w_tiles or neither, got None"
 FLOATS = "dtype bfloat16 or float16 or float32, got "
 
 METADATA_CASES = [
@@ -117,15 +114,6 @@ METADATA_CASES = [
     Bad(GEMM, "bias", cast(torch.float16), E + "dtype float32, got float16"),
     Bad(GEMM, "bias", lambda b: b[None], E + "shape [200], got [1, 200]"),
     Bad(GEMM, "bias", strided, E + "a contiguous tensor, got strides [2] for shape [200]"),
-    Bad(GEMM, "next_w_packed", cast(torch.int8), E + "dtype uint8, got int8"),
-    Bad(GEMM, "next_w_packed", lambda w: w[:-1], E + "a multiple of 4096 bytes, got 106495"),
-    Bad(GEMM, "next_w_packed", value(None), BOTH_NEXT),
-    Bad(GEMM, "next_w_tiles", cast(torch.int64), E + "dtype int32, got int64"),
-    Bad(GEMM, "next_w_tiles", flat, E + "2 dimensions, got 1"),
-    Bad(GEMM, "next_w_tiles", lambda t: t[:1], E + "at least 2 rows, got 1"),
-    Bad(GEMM, "next_w_tiles", lambda t: t[:, :3].contiguous(), E + "shape [3, 4], got [3, 3]"),
-    Bad(GEMM, "next_w_tiles", value(None), BOTH_NEXT),
-    Bad(GEMM, "next_k", value(0), E + "at least 1, got 0"),
     Bad(GEMM, "n", value(0), E + "at least 1, got 0"),
     Bad(GEMM, "n", value(300), E + "shape [4, 4], got [3, 4]", reported="w_tiles"),
     Bad(GEMM, "k", value(-1), E + "at least 1, got -1"),
@@ -247,7 +235,6 @@ def test_every_argument_is_in_the_table():
     ("op", "argument", "first"),
     [
         *((GEMM, a, "x") for a in ("w_packed", "w_tiles", "x_scale", "w_scale", "bias")),
-        *((GEMM, a, "x") for a in ("next_w_packed", "next_w_tiles")),
         *((op, "gather", x) for op, x in ROWS.items()),
         *((op, other, ROWS[op]) for op, other in ALIKE.items()),
         (NORM, "weight", "x"),

@@ -26,7 +26,7 @@ from spense_kernels.testing.op_inputs import (
 # Ragged rows, ragged columns, one token, no token, several shards, no sparse or no dense part.
 CALLS: dict[str, list[Callable[[], OpCall]]] = {
     "hybrid_gemm": [
-        lambda: gemm_call(m=3, n=200, k=512, dense_width=[128, 256], hint=True),
+        lambda: gemm_call(m=3, n=200, k=512, dense_width=[128, 256]),
         lambda: gemm_call(m=1, n=128, k=70, dense_width=[16], bias=True, out_dtype=torch.float32),
         lambda: gemm_call(m=5, n=130, k=384, dense_width=[0, 384], per_tensor=True),
         lambda: gemm_call(m=0, n=16, k=256, dense_width=[0], out_dtype=torch.float16),

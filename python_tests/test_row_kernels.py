@@ -100,6 +100,11 @@ CASES = [
     Case(1, 25600, torch.float32, True, 25600),
     Case(2, 60007, torch.float16, True, 60013, multiprocessors=1),  # and not aligned
     Case(5, 640, torch.bfloat16, True, 643),
+    # what GEMMs leave of a multiprocessor: one vector, two, four
+    Case(3, 6800, torch.bfloat16, True, 6800),
+    Case(3, 8000, torch.float16, True, 8000),
+    Case(3, 8000, torch.float32, False, 8000),
+    Case(3, 13000, torch.bfloat16, False, 13000),
     Case(1, 70000, torch.bfloat16, True, 70000),  # places of a gather in more than 16 bits
     # CTAs that stay: two rows at a time, four, one long row; as loads and as copies
     *[Case(9, 650, dtype, True, 656, multiprocessors=1) for dtype in DTYPES],

@@ -100,24 +100,6 @@ def _check_packed(w_packed: _Arg, w_tiles: _Arg, n: int) -> None:
     w_tiles.contiguous()
 
 
-def _check_next(op: str, x: _Arg, w_packed: Tensor | None, w_tiles: Tensor | None, k: int) -> None:
-    """The hint of the weight that the next hybrid_gemm will use."""
-    if w_packed is None and w_tiles is None:
-        return
-    for name, value in (("next_w_packed", w_packed), ("next_w_tiles", w_tiles)):
-        if value is None:
-            _Arg(op, name).fail("both next_w_packed and next_w_tiles or neither", "None")
-    packed, tiles = _Arg(op, "next_w_packed", w_packed), _Arg(op, "next_w_tiles", w_tiles)
-    tiles.dtype(torch.int32)
-    tiles.dim(2)
-    rows = w_tiles.shape[0]
-    tiles.check(rows >= 2, "at least 2 rows", rows)
-    _check_packed(packed, tiles, (rows - 1) * TILE_ROWS)
-    _Arg(op, "next_k", k).at_least_one()
-    for arg in (packed, tiles):
-        arg.same_device(x)
-
-
 def hybrid_gemm(
     x: Tensor,
     w_packed: Tensor,
@@ -125,8 +107,6 @@ def hybrid_gemm(
     x_scale: Tensor,
     w_scale: Tensor,
     bias: Tensor | None = None,
-    next_w_packed: Tensor | None = None,
-    next_w_tiles: Tensor | None = None,
     *,
     n: int,
     k: int,
@@ -134,7 +114,6 @@ def hybrid_gemm(
     out_dtype: torch.dtype | None = None,
     fast_accum: bool = True,
     config: str | None = None,
-    next_k: int = 0,
 ) -> Tensor:
     op = "hybrid_gemm"
     _check_layout(op, layout)
@@ -165,7 +144,6 @@ def hybrid_gemm(
         bias_arg.shape(n)
         bias_arg.contiguous()
         bias_arg.same_device(x_arg)
-    _check_next(op, x_arg, next_w_packed, next_w_tiles, next_k)
     out_dtype = torch.bfloat16 if out_dtype is None else out_dtype
     if out_dtype not in FLOATS:
         _Arg(op, "out_dtype").fail("dtype bfloat16 or float16 or float32", _dtype_name(out_dtype))

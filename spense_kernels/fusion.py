@@ -36,20 +36,33 @@ class FusedProjections(PackedLinear):
         self._set_weight(stacked, self.w_packed.device)
         self.splits = [weight.split for weight in weights]
         self.ranges = Split.stack_rows(self.splits)
-        # (input, all rows of its output, parts that have not taken theirs), or None.
-        self._pending: tuple[Tensor | QuantizedRows, Tensor, tuple[int, ...]] | None = None
+        # (input, all rows of its output, ranges that have not been taken), or None.
+        self._pending: tuple[Tensor, Tensor, tuple[tuple[int, int], ...]] | None = None
 
-    def part(self, x: Tensor | QuantizedRows, index: int) -> Tensor:
-        """Rows of part `index` of the output for x; a view when the parts are called in turn."""
+    def part(self, x: Tensor | QuantizedRows, rows: tuple[int, int]) -> Tensor:
+        """One of `ranges` of the output for x; a view when the parts are called in turn."""
+        # A result is kept with quantised rows, which no one changes and which do not live long; in
+        # compiled code that leaves nothing to write back after every call.
+        y = self._kept_with(x) if isinstance(x, QuantizedRows) else self._kept(x, rows)
+        return y[..., rows[0] : rows[1]]
+
+    def _kept_with(self, x: QuantizedRows) -> Tensor:
+        for group, y in x.outputs:
+            if group is self:
+                return y
+        y = self(x)
+        x.outputs.append((self, y))
+        return y
+
+    def _kept(self, x: Tensor, rows: tuple[int, int]) -> Tensor:
         pending = self._pending
-        if pending is not None and pending[0] is x and index in pending[2]:
+        if pending is not None and pending[0] is x and rows in pending[2]:
             y, waiting = pending[1], pending[2]
         else:
-            y, waiting = self(x), tuple(range(len(self.ranges)))
-        waiting = tuple(i for i in waiting if i != index)
+            y, waiting = self(x), tuple(self.ranges)
+        waiting = tuple(other for other in waiting if other != rows)
         self._pending = (x, y, waiting) if waiting else None
-        first, last = self.ranges[index]
-        return y[..., first:last]
+        return y
 
     def part_weight(self, index: int) -> HybridWeight:
         """The weight of one part in the checkpoint form, as it was before it was stacked."""
@@ -74,6 +87,7 @@ class FusedPart(SpenseLinear):
         self.in_features, self.out_features = self.split.k, self.split.n
         self.has_bias = group.has_bias
         self._index = index
+        self._rows = group.ranges[index]
         # Not a submodule: the group is one of the parent, all of its parts refer to it.
         self.__dict__["_group"] = group
 
@@ -83,12 +97,12 @@ class FusedPart(SpenseLinear):
 
     @property
     def w_scale(self) -> Tensor:
-        first, last = self._group.ranges[self._index]
+        first, last = self._rows
         return self._group.w_scale[first:last]
 
     @property
     def bias(self) -> Tensor | None:
-        first, last = self._group.ranges[self._index]
+        first, last = self._rows
         return None if self._group.bias is None else self._group.bias[first:last]
 
     @property
@@ -101,7 +115,7 @@ class FusedPart(SpenseLinear):
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """[..., in_features] -> [..., out_features], a view of the output of all parts."""
-        return self._group.part(x, self._index)
+        return self._group.part(x, self._rows)
 
     def hybrid_weight(self) -> HybridWeight:
         return self._group.part_weight(self._index)
@@ -188,4 +202,4 @@ def _same_input(a: SpenseLinear, b: SpenseLinear) -> bool:
 
 def hooked(layer: nn.Module) -> bool:
     """Whether something hangs on this very module that would be lost with it."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"))
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "_hf_hook" in vars(layer))

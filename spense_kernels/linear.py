@@ -22,12 +22,14 @@ class QuantizedRows(NamedTuple):
     Attributes:
         x8: float8_e4m3fn [M, K]; x_scale: float32 [M], as `quantize_fp8` makes them.
         shape, dtype: of x, [..., K] with M rows.
+        outputs: what fused projections have computed of it, (group, all of its rows) each.
     """
 
     x8: Tensor
     x_scale: Tensor
     shape: tuple[int, ...]
     dtype: torch.dtype
+    outputs: list[tuple[nn.Module, Tensor]]
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -38,7 +40,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def quantized(x: Tensor, gather: Tensor | None) -> QuantizedRows:
     """x [..., K] by `quantize_fp8`."""
-    return QuantizedRows(*ops.quantize_fp8(rows_of(x), gather), tuple(x.shape), x.dtype)
+    return QuantizedRows(*ops.quantize_fp8(rows_of(x), gather), tuple(x.shape), x.dtype, [])
 
 
 class PackedLinear(nn.Module):
@@ -52,11 +54,10 @@ class PackedLinear(nn.Module):
         w_packed uint8 [bytes], w_tiles int32 [tiles + 1, 4], k_gather int32 [in_features],
         w_scale float32 [out_features], bias float32 [out_features] or None: buffers. Casts such
         as `.half()` move them but never change their dtypes.
-        following: (the PackedLinear whose GEMM comes next,) or None; see prefetch.py.
-    """
 
-    # In a tuple, so that it does not become a submodule.
-    following: tuple[PackedLinear] | None = None
+    Every attribute and every module's dict that a forward pass reads is one that torch.compile's
+    guards read before every call; hence few, and sizes are taken from the buffers.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, device=None):
         super().__init__()
@@ -84,46 +85,34 @@ class PackedLinear(nn.Module):
         x may come quantised, in the order of `gather`, from another op than `quantize_fp8`.
         A backward pass raises NotImplementedError: the layer is for inference.
         """
-        if self.split is None:
+        buffers = self._buffers
+        w_packed, k = buffers["w_packed"], buffers["k_gather"].shape[0]
+        if w_packed.numel() == 0:
             raise SpenseError(f"{type(self).__name__}: no weight yet; load a state dict first")
-        if x.shape[-1] != self.in_features:
+        if x.shape[-1] != k:
             raise SpenseError(
-                f"{type(self).__name__}: x must have {self.in_features} columns (in_features), "
-                f"got {list(x.shape)}"
+                f"{type(self).__name__}: x must have {k} columns (in_features), got {list(x.shape)}"
             )
         if not isinstance(x, QuantizedRows):
             x = quantized(x, self.gather)
-        following, following_k = self._hint()
+        n = buffers["w_scale"].shape[0]
         y = ops.hybrid_gemm(
             x.x8,
-            self.w_packed,
-            self.w_tiles,
+            w_packed,
+            buffers["w_tiles"],
             x.x_scale,
-            self.w_scale,
-            self.bias,
-            *following,
-            n=self.out_features,
-            k=self.in_features,
+            buffers["w_scale"],
+            buffers["bias"],
+            n=n,
+            k=k,
             out_dtype=x.dtype,
-            next_k=following_k,
         )
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def _hint(self) -> tuple[tuple[Tensor | None, Tensor | None], int]:
-        """next_w_packed and next_w_tiles, and next_k of `hybrid_gemm`."""
-        layer = None if self.following is None else self.following[0]
-        if layer is None or layer.split is None or layer.w_packed.device != self.w_packed.device:
-            return (None, None), 0
-        return (layer.w_packed, layer.w_tiles), layer.in_features
-
-    def __getstate__(self) -> dict:
-        # A copy of one layer must not bring those behind it along.
-        return {**self.__dict__, "following": None}
+        return y.view(*x.shape[:-1], n)
 
     @property
     def gather(self) -> Tensor | None:
         """What `quantize_fp8` takes for this layer: k_gather, or None where it changes nothing."""
-        return None if self._in_order else self.k_gather
+        return None if self._in_order else self._buffers["k_gather"]
 
     def hybrid_weight(self) -> HybridWeight:
         """The weight in the checkpoint form, unpacked from the tile stream (a copy)."""

@@ -9,6 +9,8 @@ or an activation, round it, and have `quantize_fp8` read it again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +19,16 @@ from torch import Tensor, nn
 from spense_kernels import ops
 from spense_kernels.fusion import fuse_projections, hooked, unfuse_projections
 from spense_kernels.linear import QuantizedRows, SpenseLinear, quantized, rows_of
-from spense_kernels.prefetch import link_prefetch, unlink_prefetch
 
-# RMSNorm classes: attribute of eps, and whether the weight counts from 1.
-_LLAMA, _GEMMA = ("variance_epsilon", False), ("eps", True)
+
+class NormKind(NamedTuple):
+    """How an RMSNorm class names its eps, and whether its weight counts from 1."""
+
+    eps: str
+    unit_offset: bool
+
+
+_LLAMA, _GEMMA = NormKind("variance_epsilon", False), NormKind("eps", True)
 NORMS = {
     "LlamaRMSNorm": _LLAMA,
     "MistralRMSNorm": _LLAMA,
@@ -45,17 +53,14 @@ GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SeedOssMLP", "G
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """`fuse_projections`, `fuse_neighbours` and `link_prefetch`: what models get on CUDA."""
-    unlink_prefetch(model)
+    """`fuse_projections` and `fuse_neighbours`: what models get on CUDA."""
     fuse_projections(model)
     fuse_neighbours(model)
-    link_prefetch(model)
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Undoes `fuse`."""
-    unlink_prefetch(model)
     unfuse_neighbours(model)
     unfuse_projections(model)
     return model
@@ -75,9 +80,7 @@ def fuse_neighbours(model: nn.Module) -> list[str]:
     for name, module in list(model.named_modules()):
         fused = _fused_class(module)
         if fused is not None:
-            base = type(module)
-            own = {"unfused": base, **fused[1]}
-            module.__class__ = type(f"Fused{base.__name__}", (fused[0], base), own)
+            module.__class__ = _class_of(type(module), *fused)
             done.append(name)
     return done
 
@@ -89,26 +92,45 @@ def unfuse_neighbours(model: nn.Module) -> None:
             module.__class__ = module.unfused
 
 
+@cache
+def _class_of(base: type, fused: type, op: Callable | None) -> type:
+    """The class of all modules that are changed alike."""
+    own = {} if op is None else {"multiply_and_quantize": staticmethod(op)}
+    return type(f"Fused{base.__name__}", (fused, base), {"unfused": base, **own})
+
+
 class _Fused:
-    """Mixed into the class of a module; `unfused` is the class it had."""
+    """Mixed into the class of a module; `unfused` is the class it had.
+
+    What `forward` depends on is found once, in `fuse_neighbours`: whatever it looked up in a module
+    would be looked up by torch.compile's guards as well, before every call.
+    """
 
     unfused: type[nn.Module]
+    norms: tuple[str, ...] = ()  # children whose work `forward` does, and what they have to be
+    kind: NormKind | None = None
 
 
 class _PreNormLayer(_Fused):
+    norms, kind = ("input_layernorm", "post_attention_layernorm"), _LLAMA
+
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        x = norm(self.input_layernorm, hidden_states, self.self_attn.q_proj)
+        x = norm(self.input_layernorm, _LLAMA, hidden_states, self.self_attn.q_proj)
         x, _ = self.self_attn(hidden_states=x, **kwargs)
-        x, total = add_norm(self.post_attention_layernorm, x, hidden_states, self.mlp.gate_proj)
+        into = self.mlp.gate_proj
+        x, total = add_norm(self.post_attention_layernorm, _LLAMA, x, hidden_states, into)
         return total + self.mlp(x)
 
 
 class _SandwichNormLayer(_Fused):
+    norms, kind = ("input_layernorm", "pre_feedforward_layernorm"), _GEMMA
+
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        x = norm(self.input_layernorm, hidden_states, self.self_attn.q_proj)
+        x = norm(self.input_layernorm, _GEMMA, hidden_states, self.self_attn.q_proj)
         x, _ = self.self_attn(hidden_states=x, **kwargs)
         x = self.post_attention_layernorm(x)
-        x, total = add_norm(self.pre_feedforward_layernorm, x, hidden_states, self.mlp.gate_proj)
+        into = self.mlp.gate_proj
+        x, total = add_norm(self.pre_feedforward_layernorm, _GEMMA, x, hidden_states, into)
         return total + self.post_feedforward_layernorm(self.mlp(x))
 
 
@@ -119,41 +141,39 @@ class _GatedMlp(_Fused):
         gate, up = self.gate_proj(x), self.up_proj(x)
         rows = [t.reshape(-1, t.shape[-1]) for t in (gate, up)]
         x8, scale = self.multiply_and_quantize(*rows, self.down_proj.gather)
-        return self.down_proj(QuantizedRows(x8, scale, tuple(gate.shape), gate.dtype))
+        return self.down_proj(QuantizedRows(x8, scale, tuple(gate.shape), gate.dtype, []))
 
 
-def norm(layer: nn.Module, x: Tensor, into: SpenseLinear) -> QuantizedRows:
-    """What the RMSNorm `layer` makes of x, quantised for `into`."""
+def norm(layer: nn.Module, kind: NormKind, x: Tensor, into: SpenseLinear) -> QuantizedRows:
+    """What the RMSNorm `layer` of that kind makes of x, quantised for `into`."""
     if hooked(layer):  # since the model was fused; offloading brings the weight by a hook
         return quantized(layer(x), into.gather)
-    attribute, unit_offset = NORMS[type(layer).__name__]
     x8, scale = ops.rms_norm_quantize(
         rows_of(x),
         layer.weight,
         into.gather,
-        eps=getattr(layer, attribute),
-        unit_offset=unit_offset,
+        eps=getattr(layer, kind.eps),
+        unit_offset=kind.unit_offset,
     )
-    return QuantizedRows(x8, scale, tuple(x.shape), x.dtype)
+    return QuantizedRows(x8, scale, tuple(x.shape), x.dtype, [])
 
 
 def add_norm(
-    layer: nn.Module, x: Tensor, residual: Tensor, into: SpenseLinear
+    layer: nn.Module, kind: NormKind, x: Tensor, residual: Tensor, into: SpenseLinear
 ) -> tuple[QuantizedRows, Tensor]:
     """The same of x + residual, and that sum."""
     if hooked(layer):
         total = residual + x
         return quantized(layer(total), into.gather), total
-    attribute, unit_offset = NORMS[type(layer).__name__]
     x8, scale, total = ops.add_rms_norm_quantize(
         rows_of(x),
         rows_of(residual),
         layer.weight,
         into.gather,
-        eps=getattr(layer, attribute),
-        unit_offset=unit_offset,
+        eps=getattr(layer, kind.eps),
+        unit_offset=kind.unit_offset,
     )
-    return QuantizedRows(x8, scale, tuple(x.shape), x.dtype), total.view(x.shape)
+    return QuantizedRows(x8, scale, tuple(x.shape), x.dtype, []), total.view(x.shape)
 
 
 def _gelu_tanh(gate: Tensor, up: Tensor, gather: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -181,8 +201,8 @@ def _gated_op(function: nn.Module) -> Callable | None:
     return None
 
 
-def _fused_class(module: nn.Module) -> tuple[type, dict[str, object]] | None:
-    """The mixin for this module and its own attributes, or None where it has to stay as it is."""
+def _fused_class(module: nn.Module) -> tuple[type, Callable | None] | None:
+    """The mixin for this module and the op that it needs, or None where it has to stay as it is."""
     name = type(module).__name__
     if hooked(module):
         return None
@@ -190,21 +210,21 @@ def _fused_class(module: nn.Module) -> tuple[type, dict[str, object]] | None:
         op = _gated_op(module.act_fn)
         if op is None or not _spense(module, "down_proj"):
             return None
-        return _GatedMlp, {"multiply_and_quantize": staticmethod(op)}
+        return _GatedMlp, op
     if name in PRE_NORM:
-        fused, norms = _PreNormLayer, ("input_layernorm", "post_attention_layernorm")
+        fused = _PreNormLayer
     elif name in SANDWICH_NORM:
-        fused, norms = _SandwichNormLayer, ("input_layernorm", "pre_feedforward_layernorm")
+        fused = _SandwichNormLayer
     else:
         return None
-    parts = [getattr(module, norm_name) for norm_name in norms]
-    if any(type(part).__name__ not in NORMS or hooked(part) for part in parts):
+    norms = [getattr(module, norm_name) for norm_name in fused.norms]
+    if any(NORMS.get(type(part).__name__) != fused.kind or hooked(part) for part in norms):
         return None
     attention, mlp = module.self_attn, module.mlp
     if type(mlp).__name__ not in GATED_MLPS or hooked(attention) or hooked(mlp):
         return None
     same = _spense(attention, "q_proj", "k_proj", "v_proj") and _spense(mlp, "gate_proj", "up_proj")
-    return (fused, {}) if same else None
+    return (fused, None) if same else None
 
 
 def _spense(parent: nn.Module, *names: str) -> bool:

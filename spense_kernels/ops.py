@@ -23,9 +23,8 @@ SCHEMAS = {
     # be serialised as an integer in AOTInductor packages, which then do not load; hence None.)
     "hybrid_gemm": (
         "(Tensor x, Tensor w_packed, Tensor w_tiles, Tensor x_scale, Tensor w_scale, "
-        "Tensor? bias=None, Tensor? next_w_packed=None, Tensor? next_w_tiles=None, *, int n, "
-        "int k, int layout=1, ScalarType? out_dtype=None, bool fast_accum=True, "
-        "str? config=None, int next_k=0) -> Tensor"
+        "Tensor? bias=None, *, int n, int k, int layout=1, ScalarType? out_dtype=None, "
+        "bool fast_accum=True, str? config=None) -> Tensor"
     ),
     # x8[m, p] = e4m3(x[m, gather[p]] / scale[m]), scale[m] = max(amax_k |x[m, k]|, 1e-12) / 448
     "quantize_fp8": "(Tensor x, Tensor? gather=None) -> (Tensor, Tensor)",
@@ -65,8 +64,6 @@ def hybrid_gemm(
     x_scale: Tensor,
     w_scale: Tensor,
     bias: Tensor | None = None,
-    next_w_packed: Tensor | None = None,
-    next_w_tiles: Tensor | None = None,
     *,
     n: int,
     k: int,
@@ -74,7 +71,6 @@ def hybrid_gemm(
     out_dtype: torch.dtype | None = None,
     fast_accum: bool = True,
     config: str | None = None,
-    next_k: int = 0,
 ) -> Tensor:
     """y[m, n] = sum_k(x[m, k] * w[n, k]) * x_scale[m] * w_scale[n] + bias[n].
 
@@ -91,9 +87,6 @@ def hybrid_gemm(
     out_dtype bfloat16 (None), float16 or float32
     fast_accum  on SM90 lets the tensor cores keep sums at their own precision; elsewhere no effect
     config    forces a configuration by name; None chooses. CPU: reference, portable, avx2, avx512
-    next_w_packed, next_w_tiles, next_k  a hint, w_packed, w_tiles and k of the hybrid_gemm that
-              follows with the same M: on SM90 the first bytes of that weight are brought into L2
-              while this GEMM ends. The weight must exist when this GEMM runs. No effect on y.
 
     Returns [M, n], contiguous, in out_dtype. Raises RuntimeError for a wrong dtype, shape, stride,
     device or layout, a tile table that does not fit, or a config this machine does not have; a
@@ -106,15 +99,12 @@ def hybrid_gemm(
         x_scale,
         w_scale,
         bias,
-        next_w_packed,
-        next_w_tiles,
         n=n,
         k=k,
         layout=layout,
         out_dtype=out_dtype,
         fast_accum=fast_accum,
         config=config,
-        next_k=next_k,
     )
 
 
@@ -197,7 +187,8 @@ def silu_mul_quantize(
 
     v = gate / (1 + 2^(-log2(e) * gate)) * up in float32, its relative error below 2^-15 (the power
     of two and, on CUDA, the division are approximations); no rounding to the dtype of gate in
-    between. Then as `quantize_fp8`, from float32.
+    between. Then as `quantize_fp8`, from float32. On CUDA a gate below -43.5, where silu is below
+    6e-18 in size, counts as 0.
 
     Returns x8 and scale. A row of v with a NaN or an infinity gets scale NaN. Raises RuntimeError
     for a wrong dtype, shape, stride or device, and on the CPU for entries of gather outside [0, K).
@@ -209,6 +200,8 @@ def gelu_mul_quantize(
     gate: Tensor, up: Tensor, gather: Tensor | None = None, *, approximate: str = "none"
 ) -> tuple[Tensor, Tensor]:
     """`silu_mul_quantize` with a GELU: gelu(gate) * up, relative error below 2^-15 as there.
+
+    On CUDA with "tanh" a gate below -7.6, where the GELU is below 1e-18 in size, counts as 0.
 
     approximate  of torch.nn.functional.gelu: "none" for gate * Phi(gate), "tanh" for
                  gate / 2 * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 * gate^3)))

@@ -150,16 +150,10 @@ class Spense:
         order = torch.randperm(k, device=device, dtype=torch.int32)
         self.gather = None if in_order else order
         self.weight_bytes = self.stream.nbytes
-        self.following: tuple[Tensor, Tensor, int] | None = None
-
-    def hint(self, following: Spense) -> None:
-        """Says which layer's GEMM comes next on the stream."""
-        self.following = following.stream, following.tiles, following.k
 
     def __call__(self, x8: Tensor, x_scale: Tensor) -> Tensor:
-        stream, tiles, k = self.following or (None, None, 0)
         weight = self.stream, self.tiles, x_scale, self.w_scale, self.bias
-        return ops.hybrid_gemm(x8, *weight, stream, tiles, n=self.n, k=self.k, next_k=k)
+        return ops.hybrid_gemm(x8, *weight, n=self.n, k=self.k)
 
 
 @cache

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from decoding.attention import Attention, own_kernels
-from decoding.linears import BF16, GAIN, Factory, Linear, Spense
+from decoding.linears import BF16, GAIN, Factory, Linear
 from decoding.models import ModelShape
 from spense_kernels import ops
 
@@ -44,12 +43,12 @@ class LayerWeights:
 
 
 class Weights:
-    """A whole model of one kind of linear layers; ours know which one comes next, with `hint`.
+    """A whole model of one kind of linear layers.
 
     Everything is of about the size 1, so that the last layers still change what they are given.
     """
 
-    def __init__(self, shape: ModelShape, make: Factory, device: torch.device, hint: bool = True):
+    def __init__(self, shape: ModelShape, make: Factory, device: torch.device):
         self.shape = shape
 
         def norm(*size: int) -> Tensor:
@@ -66,9 +65,6 @@ class Weights:
                 LayerWeights(linears, (norm(shape.hidden), norm(shape.hidden)), heads)
             )
         in_turn = [linear for layer in self.layers for linear in layer.linears.values()]
-        for linear, following in pairwise(in_turn):
-            if hint and isinstance(linear, Spense):
-                linear.hint(following)
         self.final_norm = norm(shape.hidden)
         self.table = torch.randn(shape.vocabulary, shape.hidden, dtype=BF16, device=device)
         self.head = torch.randn(shape.vocabulary, shape.hidden, dtype=BF16, device=device)

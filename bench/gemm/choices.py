@@ -11,7 +11,7 @@ import torch
 
 from gemm import ceiling, cost_model
 from gemm.regret import AUTO, regret_of
-from gemm.rivals import Spense, hinted
+from gemm.rivals import Spense
 from gemm.shapes import HUNGRY_TOKENS
 from gemm.timing import Call, Recorder, Recording, rotation
 
@@ -98,7 +98,7 @@ class Choices:
         def among_others(calls: list[Call]) -> Recording:
             of = others | {spense: calls}
             turn = [of[s][i % len(of[s])] for i in range(PASSES) for s in model]
-            return self.recorder.record(hinted(turn), PASSES)
+            return self.recorder.record(turn, PASSES)
 
         record = among_others if model else alone
         recordings = {name: record(calls) for name, calls in contenders.items()}

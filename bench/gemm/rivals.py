@@ -7,7 +7,7 @@ as bf16 [m, n] in rows. `count` copies where they are not to be rotated past the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
@@ -51,21 +51,6 @@ class Spense:
             )
             for stream in self.streams
         ]
-
-
-def hinted(calls: Sequence[Call]) -> list[Call]:
-    """The calls of hybrid_gemm in this order, each told the weight of the one that follows."""
-    found: dict[tuple[int, int], Call] = {}
-
-    def one(call: partial, after: partial) -> Call:
-        weight = dict(zip(("next_w_packed", "next_w_tiles"), after.args[1:3], strict=True))
-        return partial(call, **weight, next_k=after.keywords["k"])
-
-    turns = [*calls[1:], *calls[:1]]
-    for call, after in zip(calls, turns, strict=True):
-        key = id(call), id(after)
-        found[key] = found.get(key) or one(call, after)
-    return [found[id(a), id(b)] for a, b in zip(calls, turns, strict=True)]
 
 
 class CublasLt:

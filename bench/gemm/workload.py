@@ -14,8 +14,7 @@ from gemm.timing import Call, Recorder
 from spense_kernels.format import Split
 
 RIVALS = (
-    "spense",  # each launch with the hint of the weight that follows
-    "spense_no_hint",
+    "spense",
     "spense_promoted",  # fast_accum=False
     "cublas_tensor",
     "cublas_row",
@@ -67,7 +66,6 @@ class Workload:
         """One call a copy of the weight, for every rival that runs here."""
         makers: dict[str, Callable[[], list[Call]]] = {
             "spense": lambda: self._spense().calls(m),
-            "spense_no_hint": lambda: self._spense().calls(m),
             "spense_promoted": lambda: self._spense().calls(m, fast_accum=False),
             "cublas_tensor": lambda: self._get("cublas", CublasLt).calls(m),
             "cublas_row": lambda: self._get("cublas", CublasLt).calls(m, by_row=True),
@@ -121,7 +119,7 @@ class Workload:
         """Two libraries make sense only where both have work, a copy where bytes are the limit."""
         if name.startswith("two_library") and not 0 < sparse_columns(self.split) < self.layer.k:
             return False
-        if name in (*RINGS, "spense_no_hint") and m > COPY_TOKENS:
+        if name in RINGS and m > COPY_TOKENS:
             return False
         if self.d == MAIN_DENSE or self.every_rival:
             return True

@@ -30,9 +30,8 @@ from spense_kernels.testing.generators import (
 from spense_kernels.testing.numeric import assert_bitwise
 from spense_kernels.testing.reference import hybrid_gemm_plain
 
-# Ragged everywhere, tiles of unequal units, few enough of them that stream-K cuts every one; then
-# one row tile alone, for the hint of the weight that comes next.
-SHAPE, NEXT = (300, 1100), (128, 640)
+# Ragged everywhere, tiles of unequal units, few enough of them that stream-K cuts every one.
+SHAPE = 300, 1100
 BEYOND = 5  # tokens above a configuration's tile, so that it has two of them
 QUANTIZED = [(1, 4096), (20, 1100), (30, 130), (2, 60000)]
 
@@ -59,19 +58,16 @@ def product(m: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def products(config: str | None, device: str, fast_accum: bool = True) -> None:
-    """Two launches, so that the second finds what the first leaves: several tiles of tokens with
-    the hint of another weight, one token without."""
+    """Two launches, so that the second finds what the first leaves: several tiles of tokens,
+    one token."""
     n, k = SHAPE
     packed, tiles, w_scale, bias = weight_on(n, k, device)
-    following = weight_on(*NEXT, device)[:2]
     for m in ((token_tile(config or "") or 16) + BEYOND, 1):
         x, x_scale, wanted = product(m)
-        hint = following if m > 1 else (None, None)
         y = ops.hybrid_gemm(
-            *(x.to(device), packed, tiles, x_scale.to(device), w_scale, bias, *hint),
+            *(x.to(device), packed, tiles, x_scale.to(device), w_scale, bias),
             n=n,
             k=k,
-            next_k=NEXT[1] if hint[0] is not None else 0,
             config=config,
             fast_accum=fast_accum,
         )

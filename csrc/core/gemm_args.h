@@ -22,15 +22,6 @@ struct GemmArgs {
   const float* bias = nullptr;     // [n] or null
   void* y = nullptr;               // [m, n]
   OutType out = OutType::kBFloat16;
-
-  // The weight that the next GEMM on the stream will use, with as many rows of x; no w: unknown.
-  // Only a hint, for a kernel that has nothing left to load.
-  struct {
-    int64_t n = 0, k = 0;
-    const uint8_t* w = nullptr;
-    int64_t w_bytes = 0;
-    const int32_t* tiles = nullptr;
-  } next;
 };
 
 }  // namespace spense

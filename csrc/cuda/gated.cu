@@ -6,20 +6,41 @@
 namespace spense::cuda {
 namespace {
 
+// Two quotients by one of the hardware's reciprocals, which take longer than products. The product
+// of the divisors must be finite.
+__device__ inline void invert(float (&v)[2]) {
+  const float both = __fdividef(1.0f, v[0] * v[1]);
+  const float first = both * v[1];
+  v[1] = both * v[0], v[0] = first;
+}
+
+// Of two gates. Those so far below zero that a divisor would exceed 2^63 count as zero.
 template <Activation kActivation>
-__device__ float activate(float g) {
+__device__ void activate(const float (&gates)[2], float (&v)[2]) {
   using namespace activation;
-  if constexpr (kActivation == Activation::kSilu) {
-    return __fdividef(g, 1.0f + ptx::exp2_fast(g * -kLog2E));
-  } else if constexpr (kActivation == Activation::kGeluTanh) {
-    return __fdividef(g, 1.0f + ptx::exp2_fast(g * (kGeluLinear + kGeluCubic * (g * g))));
-  } else {
-    const float r = __fdividef(1.0f, fabsf(g) + kTailShift);
-    float q = activation::tail(kTailDegree);
+  if constexpr (kActivation != Activation::kGeluErf) {
+    constexpr float kLeast = kActivation == Activation::kSilu ? -43.5f : -7.6f;
+    float g[2];
 #pragma unroll
-    for (int i = kTailDegree - 1; i >= 0; --i) q = fmaf(q, r, activation::tail(i));
-    const float power = ptx::exp2_fast(kGeluSquare * (g * g));
-    return fmaf(q * r * -fabsf(g), power, fmaxf(g, 0.0f));
+    for (int i = 0; i < 2; ++i) {
+      g[i] = gates[i] < kLeast ? 0.0f : gates[i];
+      const float slope =
+          kActivation == Activation::kSilu ? -kLog2E : kGeluLinear + kGeluCubic * (g[i] * g[i]);
+      v[i] = 1.0f + ptx::exp2_fast(g[i] * slope);
+    }
+    invert(v);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) v[i] *= g[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float g = gates[i], r = __fdividef(1.0f, fabsf(g) + kTailShift);
+      float q = activation::tail(kTailDegree);
+#pragma unroll
+      for (int j = kTailDegree - 1; j >= 0; --j) q = fmaf(q, r, activation::tail(j));
+      const float power = ptx::exp2_fast(kGeluSquare * (g * g));
+      v[i] = fmaf(q * r * -fabsf(g), power, fmaxf(g, 0.0f));
+    }
   }
 }
 
@@ -35,6 +56,9 @@ struct GatedSource : Weightless {
   static constexpr int kMaxRows = 2;
   static constexpr int kMaxVectors = sizeof(T) == 2 ? 4 : 2;
   static constexpr int kManyVectors = 1;
+  struct Few {
+    static constexpr int kOne = 0, kTwo = 512, kFour = sizeof(T) == 2 ? 512 : 0;
+  };
 
   __device__ const T* input(int i, int64_t m) const {
     return i == 0 ? gate + m * gate_stride : up + m * up_stride;
@@ -45,8 +69,10 @@ struct GatedSource : Weightless {
     Kept product;
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
-      product.set_pair(i, activate<kActivation>(in[0].get(i)) * in[1].get(i),
-                       activate<kActivation>(in[0].get(i + 1)) * in[1].get(i + 1));
+      const float gates[2] = {in[0].get(i), in[0].get(i + 1)};
+      float v[2];
+      activate<kActivation>(gates, v);
+      product.set_pair(i, v[0] * in[1].get(i), v[1] * in[1].get(i + 1));
     }
     return product;
   }

@@ -23,8 +23,7 @@ heuristics::GemmDesc describe(const GemmArgs& args, bool fast_accum, const Devic
 }
 
 #if SPENSE_BUILT_SM90
-std::optional<GemmPlan> plan_sm90(const heuristics::GemmDesc& desc,
-                                  const heuristics::GemmDesc& next, int device,
+std::optional<GemmPlan> plan_sm90(const heuristics::GemmDesc& desc, int device,
                                   const char* config) {
   const heuristics::MaxClusters& fit = sm90::max_clusters(device);
   const auto choice = config ? heuristics::find_choice(desc, fit, config)
@@ -36,7 +35,6 @@ std::optional<GemmPlan> plan_sm90(const heuristics::GemmDesc& desc,
       heuristics::schedule(desc, *choice, heuristics::cluster_slots(desc, fit, *choice->config));
   plan.partial_bytes = heuristics::partial_bytes(*choice->config, plan.schedule);
   plan.counters = heuristics::counter_count(*choice->config, plan.schedule);
-  if (next.n > 0) plan.next = heuristics::next_launch(next, fit, *choice, plan.schedule);
   return plan;
 }
 #endif
@@ -75,13 +73,7 @@ std::optional<GemmPlan> make_plan(const GemmArgs& args, bool fast_accum, const c
                                   const DeviceInfo& device) {
   const heuristics::GemmDesc desc = describe(args, fast_accum, device);
 #if SPENSE_BUILT_SM90
-  if (device.arch == 90) {
-    heuristics::GemmDesc next = desc;
-    next.n = args.next.n;
-    next.k = args.next.k;
-    next.packed_bytes = args.next.w_bytes;
-    return plan_sm90(desc, next, device.index, config);
-  }
+  if (device.arch == 90) return plan_sm90(desc, device.index, config);
 #endif
 #if SPENSE_BUILT_SM100
   // Its sums are float32 always.
@@ -96,16 +88,12 @@ std::optional<GemmPlan> make_plan(const GemmArgs& args, bool fast_accum, const c
 // Estimating every config takes microseconds and models ask for the same few problems again and
 // again: each thread remembers its plans.
 std::optional<GemmPlan> plan_gemm(const GemmArgs& args, bool fast_accum, const char* config) {
-  using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
-                         std::string>;
+  using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, bool, std::string>;
   constexpr size_t kMost = 4096;
   thread_local std::map<Key, GemmPlan> known;
   const DeviceInfo device = device_info();
-  const Key key{device.index, args.m,
-                args.n,       args.k,
-                args.w_bytes, args.next.n,
-                args.next.k,  args.next.w_bytes,
-                fast_accum,   config ? config : ""};
+  const Key key{device.index,        args.m, args.n, args.k, args.w_bytes, fast_accum,
+                config ? config : ""};
   if (const auto found = known.find(key); found != known.end()) return found->second;
   const auto plan = make_plan(args, fast_accum, config, device);
   if (!plan) return plan;
@@ -118,7 +106,7 @@ void run_gemm(const GemmPlan& plan, const GemmArgs& args, void* partials, uint32
               Stream stream) {
 #if SPENSE_BUILT_SM90
   if (const auto* choice = std::get_if<heuristics::GemmChoice>(&plan.choice)) {
-    return sm90::launch(*choice, plan.schedule, args, plan.next, partials, counters, stream);
+    return sm90::launch(*choice, plan.schedule, args, partials, counters, stream);
   }
 #endif
 #if SPENSE_BUILT_SM100

@@ -21,7 +21,6 @@ struct GemmPlan {
   heuristics::ScheduleParams schedule;
   int64_t partial_bytes = 0;  // of `partials`
   int64_t counters = 0;       // of `counters`
-  heuristics::NextLaunch next;
 };
 
 // Names of the configs that run on this device, in a list for messages; empty for none.

@@ -3,7 +3,9 @@
 // registers from the loads until the scale is known, quantise them, and gather bytes.
 //
 //   few rows:  a row a CTA, and several that compute the same where there is a gather to share; or
-//              a cluster of CTAs that share the columns and give each other all quantised bytes
+//              a cluster of CTAs that share the columns and give each other all quantised bytes.
+//              CTAs are small, so that the GEMMs before and behind them run on the same
+//              multiprocessor and copy weights meanwhile
 //   many rows: kRows rows at a time, whose bytes of a column lie beside each other in shared
 //              memory, so that one random access by the gather serves them all. CTAs stay, keep
 //              weight and gather, and load their next rows while they work on these.
@@ -13,6 +15,8 @@
 //   kInputs, kSums            their number; whether rows have a factor that follows from squares
 //   kMaxRows, kMaxVectors     what the registers hold
 //   kManyVectors              vectors of a thread where there are many rows
+//   Few                       threads of quantize_few_rows that have registers for one, two, four
+//                             vectors; 0: not taken
 //   input(i, m), stride(i)    row m of an input, elements between rows
 //   aligned                   whether rows of inputs and weights start at multiples of 16 bytes
 //   hold(c, left)             weights of 8 columns, which no kernel before writes
@@ -40,6 +44,17 @@ struct Weightless {
   }
 };
 
+// Registers of a thread that fit beside a GEMM of few tokens (sm90::Traits::kShares): its 12 warps
+// hold 80 a thread, and a multiprocessor's four quarters each have their registers and warps.
+constexpr int left_registers(int threads) {
+  const int warps = (threads + 127) / 128;
+  return (65536 / 4 - 3 * 80 * 32) / 32 / warps / 8 * 8;
+}
+constexpr int kGatherVectors = 2;  // of a thread of quantize_few_rows
+// Whether CTAs of quantize_held_rows have one group of rows each.
+template <int kRows, int kCtas>
+constexpr bool kOnce = kRows == 1 && kCtas == 2;
+
 struct Slices {
   int width = 0;    // columns of a CTA
   int outputs = 0;  // columns of y that it writes: fewer where several CTAs compute the same row
@@ -47,6 +62,10 @@ struct Slices {
   int stage = 0;  // where rows on their way lie in shared memory
   int ahead = 1;  // turns that rows are loaded ahead, 1 or 2
 };
+
+// Rows come through shared memory.
+template <int kRows, int kVectors, bool kRegular, bool kOneTurn>
+constexpr bool kThroughMemory = kRegular && kRows * kVectors > 1 && !kOneTurn;
 
 // Of shared memory, for the rows that are loaded at once.
 template <typename Source, int kRows, int kVectors, int kThreads>
@@ -62,16 +81,20 @@ constexpr int kAhead = kRows > 1 && kVectors > 1 ? 2 : 1;
 extern __shared__ __align__(128) unsigned char row_memory[];
 
 // kRegular: whole, aligned runs of 8 columns, and places of a gather in 16 bits.
-template <typename Source, int kRows, int kVectors, int kThreads, int kCtas, bool kRegular>
-__global__ void __launch_bounds__(kThreads, kCtas)
-    quantize_held_rows(const Source source, const QuantizeArgs p, const Slices slices) {
+// kOneTurn: a CTA has one group of rows, and stays out of shared memory. With many vectors it then
+// has no registers for places of a gather.
+template <typename Source, int kRows, int kVectors, int kThreads, bool kRegular, bool kOneTurn>
+__device__ __forceinline__ void hold_rows(const Source& source, const QuantizeArgs& p,
+                                          const Slices& slices) {
   using T = typename Source::Element;
   using Run = Eight<T>;
   constexpr int kInputs = Source::kInputs;
-  constexpr bool kStaged = kRegular && kRows * kVectors > 1;  // rows come through shared memory
+  constexpr bool kStaged = kThroughMemory<kRows, kVectors, kRegular, kOneTurn>;
   static_assert(kRegular || kRows == 1);
   constexpr bool kSums = Source::kSums;
-  __shared__ Parts<kRows, kSums> parts[2];
+  static_assert(kThreads % 32 == 0);
+  constexpr int kPartsWarps = kOneTurn ? kThreads / 32 : kMaxWarps;
+  __shared__ Parts<kRows, kSums, kPartsWarps> parts[kOneTurn ? 1 : 2];
   __shared__ uint64_t bytes_arrived;
 
   ptx::grid_launch_dependents();
@@ -91,6 +114,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   const int k = static_cast<int>(p.k), padded = static_cast<int>(p.y_stride);
   const int begin = min(static_cast<int>(team.rank) * slices.width, padded);
   const int end = min(begin + slices.width, padded);
+  constexpr bool kGathers = !kOneTurn || kVectors <= kGatherVectors;
   constexpr bool kShares = kRows * kVectors == 1;  // whether CTAs may compute the same row
   const int first_output =
       !kShares || shared_row ? begin : static_cast<int>(blockIdx.x) * slices.outputs;
@@ -104,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     columns[v] = begin + offset;
     outputs[v] = first_output + offset;
     held[v] = source.template hold<kRegular>(columns[v], min(end, k) - columns[v]);
-    if (kRegular && p.gather && outputs[v] < outputs_end) {
+    if (kRegular && kGathers && p.gather && outputs[v] < outputs_end) {
       places[v].set(read_gather<kRows, kRegular>(p, outputs[v]));
     }
   }
@@ -187,7 +211,8 @@ __global__ void __launch_bounds__(kThreads, kCtas)
             in[r][v][input] = *reinterpret_cast<const Run*>(slot(turn, input, r, v));
           } else {
             const T* from = next[input] + (columns[v] - columns[0]);
-            in[r][v][input] = load_columns<Reuse::kNever, kRegular>(from, min(end, k) - columns[v]);
+            in[r][v][input] = load_columns<kOneTurn ? Reuse::kUnknown : Reuse::kNever, kRegular>(
+                from, min(end, k) - columns[v]);
             if (v == kVectors - 1) next[input] += step * source.stride(input);
           }
         }
@@ -217,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
       }
     }
 
-    const Found all = exchange(found, team, parts[turn & 1], turn >> 1 & 1);
+    const Found all = exchange(found, team, parts[kOneTurn ? 0 : turn & 1], turn >> 1 & 1);
     float peak = __uint_as_float(all.peak), factor[kRows] = {};
     if constexpr (kSums) {
       const float mine = source.factor(all.squares);
@@ -252,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         if (r < rows) store_bytes<kRegular>(to, k - outputs[v], bytes[r]);
       }
     };
-    if (p.gather == nullptr) {
+    if (!kGathers || p.gather == nullptr) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         if (columns[v] >= end) continue;
@@ -314,6 +339,20 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     }
     if (shared_row) ptx::cluster_wait();  // others have got what this CTA gives
   }
+}
+
+// Of a multiprocessor kCtas at a time.
+template <typename Source, int kRows, int kVectors, int kThreads, int kCtas, bool kRegular>
+__global__ void __launch_bounds__(kThreads, kCtas)
+    quantize_held_rows(const Source source, const QuantizeArgs p, const Slices slices) {
+  hold_rows<Source, kRows, kVectors, kThreads, kRegular, kOnce<kRows, kCtas>>(source, p, slices);
+}
+
+// With what a GEMM of few tokens leaves of the registers.
+template <typename Source, int kVectors, int kThreads>
+__global__ void __maxnreg__(left_registers(kThreads))
+    quantize_few_rows(const Source source, const QuantizeArgs p, const Slices slices) {
+  hold_rows<Source, 1, kVectors, kThreads, true, true>(source, p, slices);
 }
 
 }  // namespace

@@ -22,6 +22,9 @@ struct NormSource {
   static constexpr int kMaxRows = sizeof(T) == 2 ? 4 : 2;
   static constexpr int kMaxVectors = 2;
   static constexpr int kManyVectors = 1;
+  struct Few {
+    static constexpr int kOne = 0, kTwo = 512, kFour = 0;
+  };
 
   __device__ const T* input(int i, int64_t m) const {
     return i == 0 ? x + m * x_stride : residual + m * residual_stride;

@@ -32,6 +32,9 @@ struct PlainSource : Weightless {
   static constexpr int kMaxRows = sizeof(T) == 2 ? 4 : 2;
   static constexpr int kMaxVectors = 4;
   static constexpr int kManyVectors = 2;  // so that one CTA computes while another waits
+  struct Few {
+    static constexpr int kOne = 1024, kTwo = 0, kFour = 512;
+  };
 
   __device__ const T* input(int, int64_t m) const { return x + m * x_stride; }
   __device__ int64_t stride(int) const { return x_stride; }

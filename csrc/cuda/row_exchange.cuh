@@ -34,9 +34,10 @@ __device__ inline void raise_floats(uint32_t& peak, const Eight<float>& v) {
 // What warps found in kRows rows; only the threads of a single row span a cluster. Other CTAs'
 // parts come as asynchronous stores that an mbarrier counts: a cluster barrier that orders plain
 // stores costs a fence of all memory.
-template <int kRows, bool kSums>
+template <int kRows, bool kSums, int kWarps = kMaxWarps>
 struct Parts {
-  static constexpr int kSlots = kRows == 1 ? kMaxCluster * kMaxWarps : kMaxWarps;
+  static_assert(kRows == 1 || kWarps == kMaxWarps);
+  static constexpr int kSlots = kRows == 1 ? kMaxCluster * kWarps : kMaxWarps;
   static constexpr int kSumSlots = kSums ? kRows * kSlots : 1;
   double squares[kSumSlots];
   uint32_t peaks[kRows * kSlots];
@@ -59,7 +60,7 @@ struct Parts {
       peaks[lane / kLanes * kSlots + warp] = found.peak;
       return;
     }
-    const uint32_t slot = team.rank * kMaxWarps + warp, barrier = ptx::smem_address(&arrived);
+    const uint32_t slot = team.rank * kWarps + warp, barrier = ptx::smem_address(&arrived);
     if (threadIdx.x == 0) {
       constexpr uint32_t kBytes = sizeof(uint32_t) + (kSums ? sizeof(double) : 0);
       ptx::barrier_arrive_expect(barrier, team.size * (blockDim.x / 32) * kBytes);
@@ -87,9 +88,10 @@ struct Parts {
   __device__ Found collect(const Team& team) const {
     constexpr int kLanes = 32 / kRows;
     constexpr int kCount = kRows == 1 ? kMaxCluster : kRows;
-    constexpr int kStep = kRows == 1 ? kMaxWarps : kLanes;
+    constexpr int kStep = kRows == 1 ? kWarps : kLanes;
     const int lane = threadIdx.x % 32, first = lane / kLanes * kSlots + lane % kLanes;
     Found all = {};
+    if (kRows == 1 && lane >= kWarps) return all;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {  // zero where there is no such warp
       if (kRows == 1 && i == 1 && team.size == 1) break;
@@ -135,9 +137,9 @@ __device__ double add_rows(const Found (&found)[kRows]) {
 }
 
 // What all threads found in row lane / (32 / kRows).
-template <int kRows, bool kSums>
-__device__ Found exchange(const Found (&found)[kRows], const Team& team, Parts<kRows, kSums>& parts,
-                          uint32_t phase) {
+template <int kRows, bool kSums, int kWarps>
+__device__ Found exchange(const Found (&found)[kRows], const Team& team,
+                          Parts<kRows, kSums, kWarps>& parts, uint32_t phase) {
   Found mine = {};
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {

@@ -75,7 +75,8 @@ struct alignas(16) Eight {
   }
 };
 
-enum class Reuse { kNever, kOthers };  // whether other CTAs read the same
+// Whether other CTAs read the same, which no kernel before writes; kUnknown says neither.
+enum class Reuse { kNever, kOthers, kUnknown };
 
 // The first `left` of 8 elements, zero for the others. kRegular: all or none, and aligned.
 template <Reuse kReuse, bool kRegular, typename T>
@@ -86,7 +87,9 @@ __device__ Eight<T> load_columns(const T* from, int left) {
 #pragma unroll
       for (int i = 0; i < Eight<T>::kWords / 4; ++i) {
         const auto* words = reinterpret_cast<const uint4*>(from) + i;
-        const uint4 four = kReuse == Reuse::kNever ? __ldcs(words) : __ldg(words);
+        const uint4 four = kReuse == Reuse::kNever    ? __ldcs(words)
+                           : kReuse == Reuse::kOthers ? __ldg(words)
+                                                      : *words;
         v.words[4 * i] = four.x, v.words[4 * i + 1] = four.y;
         v.words[4 * i + 2] = four.z, v.words[4 * i + 3] = four.w;
       }

@@ -152,23 +152,6 @@ int w_window(const GemmChoice& choice) {
   return std::min(config.w_stages, 6);
 }
 
-NextLaunch next_launch(const GemmDesc& next, const MaxClusters& fit, const GemmChoice& choice,
-                       const ScheduleParams& schedule) {
-  // Stream-K's CTAs end one after another: the first would take from the last.
-  NextLaunch result;
-  if (choice.mode != Mode::kWhole) return result;
-  const GemmChoice after = choose(next, fit);
-  if (group_tiles(*after.config) > 1) return result;
-  result.schedule = heuristics::schedule(next, after, cluster_slots(next, fit, *after.config));
-  result.splits = after.config->splits;
-  result.ctas = result.schedule.clusters * result.splits;
-  const int grid = schedule.clusters * cluster_size(*choice.config);
-  result.skip = std::max(0, result.ctas - grid);
-  result.early = std::max(0, next.multiprocessors - grid);
-  result.early_bytes = after.config->w_stages * kWStageBytes + kAheadBytes;
-  return result;
-}
-
 int64_t partial_bytes(const GemmConfig& config, const ScheduleParams& schedule) {
   const int64_t cta_bytes = int64_t{config.row_tiles} * own_groups(config) * 8 * format::kTileRows *
                             static_cast<int64_t>(sizeof(float));

@@ -161,19 +161,8 @@ ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slot
 // that they queue up in front of what late CTAs and the activation warps ask for.
 int w_window(const GemmChoice& choice);
 
-// What a CTA brings into L2 with its ring full, and for the next launch at its end.
-inline constexpr int kAheadBytes = 64 * 1024, kNextBytes = 48 * 1024;
-
-// Where the CTAs of a launch begin, for the launch ahead of it, which brings that into L2.
-struct NextLaunch {
-  ScheduleParams schedule;       // of groups of one row tile
-  int32_t ctas = 0, splits = 1;  // none: nothing is known
-  int32_t skip = 0;              // first CTAs, which this launch is too small to help
-  int32_t early = 0;             // first CTAs, which start beside this launch,
-  int32_t early_bytes = 0;       // and what they have asked for when it ends
-};
-NextLaunch next_launch(const GemmDesc& next, const MaxClusters& fit, const GemmChoice& choice,
-                       const ScheduleParams& schedule);
+// What a CTA brings into L2 with its ring full.
+inline constexpr int kAheadBytes = 64 * 1024;
 
 // Room that a launch needs for sums that are exchanged or put together, and its counters.
 int64_t partial_bytes(const GemmConfig& config, const ScheduleParams& schedule);

@@ -98,7 +98,6 @@ __device__ __forceinline__ void load_weights(const Params& p, uint32_t smem, Job
   while (schedule.next(segment, following)) {
     loader.load(segment.group * kGroup + row * T::kRowTiles, segment, jobs);
   }
-  loader.finish();
   jobs.put(Job{-1});
 }
 

@@ -44,8 +44,7 @@ cuda::ByteMatrix x_matrix(const heuristics::GemmConfig& config, const GemmArgs& 
 }
 
 void launch(const heuristics::GemmChoice& choice, const heuristics::ScheduleParams& schedule,
-            const GemmArgs& args, const heuristics::NextLaunch& next, void* partials,
-            uint32_t* counters, cuda::Stream stream) {
+            const GemmArgs& args, void* partials, uint32_t* counters, cuda::Stream stream) {
   constexpr int kWideStore = 16;
   const heuristics::GemmConfig& config = *choice.config;
   Params p = {};
@@ -68,9 +67,6 @@ void launch(const heuristics::GemmChoice& choice, const heuristics::SchedulePara
                 reinterpret_cast<uintptr_t>(args.y) % kWideStore == 0;
   p.schedule = schedule;
   p.w_window = heuristics::w_window(choice);
-  if (next.ctas > 0) {
-    p.next = {args.next.w, reinterpret_cast<const int4*>(args.next.tiles), next};
-  }
   p.staged = heuristics::staged(config) && p.wide_rows && args.out != OutType::kFloat32;
   if (p.staged) {
     const int64_t row_bytes = args.n * bytes_of(args.out);

@@ -15,7 +15,6 @@ cuda::ByteMatrix x_matrix(const heuristics::GemmConfig& config, const GemmArgs& 
 const heuristics::MaxClusters& max_clusters(int device);
 
 void launch(const heuristics::GemmChoice& choice, const heuristics::ScheduleParams& schedule,
-            const GemmArgs& args, const heuristics::NextLaunch& next, void* partials,
-            uint32_t* counters, cuda::Stream stream);
+            const GemmArgs& args, void* partials, uint32_t* counters, cuda::Stream stream);
 
 }  // namespace spense::sm90

@@ -71,12 +71,6 @@ class WeightLoader {
     }
   }
 
-  // After the last segment: begins with what the next launch will load first.
-  __device__ void finish() const {
-    if (next_ == nullptr) return;
-    prefetch(next_, p_.next.w, p_.next.launch.schedule, heuristics::kNextBytes);
-  }
-
  private:
   struct Tile {
     int block, sparse_units;
@@ -117,35 +111,13 @@ class WeightLoader {
   }
 
   // With the rings full for the first time there is nothing else to do until the kernel ahead is
-  // done: brings some more into L2 and finds where the next launch will begin.
-  __device__ void look_ahead(const uint8_t* unit) {
-    prefetch(unit, p_.w, p_.schedule, heuristics::kAheadBytes);
-    next_ = next_launch();
-  }
-  __device__ const uint8_t* next_launch() const {
-    const NextWeights& next = p_.next;
-    const heuristics::NextLaunch& launch = next.launch;
-    const int cta = static_cast<int>(blockIdx.x) + launch.skip;
-    if (next.w == nullptr || cta >= launch.ctas) return nullptr;
-    const device::DeviceTable table{next.tiles, launch.schedule.row_tiles,
-                                    launch.schedule.stream_blocks, 1};
-    heuristics::Schedule<device::DeviceTable, 1> schedule(
-        launch.schedule, table, cta / launch.splits, cta % launch.splits, launch.splits);
-    heuristics::Segment s;
-    if (!schedule.next(s)) return nullptr;
-    const int step = walk_of(launch.schedule).step(s.step_begin);
-    return Tile(next.tiles, s.group).unit(next.w, step) +
-           (cta < launch.early ? launch.early_bytes : 0);
-  }
-
-  // Up to `bytes` of a tile stream that begins at w.
-  __device__ static void prefetch(const uint8_t* from, const uint8_t* w,
-                                  const heuristics::ScheduleParams& schedule, int bytes) {
+  // done: brings some more into L2.
+  __device__ void look_ahead(const uint8_t* unit) const {
     constexpr int kPiece = 16 * 1024;
-    const uint8_t* end = w + int64_t{schedule.stream_blocks} * format::kBlockBytes;
+    const uint8_t* end = p_.w + int64_t{p_.schedule.stream_blocks} * format::kBlockBytes;
     if (!ptx::elect_one()) return;
-    for (int i = 0; i < bytes && from + i + kPiece <= end; i += kPiece) {
-      ptx::bulk_prefetch_l2(from + i, kPiece);
+    for (int i = 0; i < heuristics::kAheadBytes && unit + i + kPiece <= end; i += kPiece) {
+      ptx::bulk_prefetch_l2(unit + i, kPiece);
     }
   }
 
@@ -155,7 +127,6 @@ class WeightLoader {
   Cursor<T::kWStages> landed_[T::kRowTiles];  // the next unit to wait for
   int on_the_way_[T::kRowTiles] = {};         // units asked for and not waited for
   int issued_ = 0;                            // units of all rings
-  const uint8_t* next_ = nullptr;             // where the next launch begins
 };
 
 // Fetches this CTA's share of each block of x and hands it to the whole cluster.

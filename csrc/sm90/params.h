@@ -12,14 +12,6 @@
 
 namespace spense::sm90 {
 
-// What the next launch on the stream will load first: every CTA of this one brings the beginning of
-// a CTA's work there into L2 when its own loads are done.
-struct NextWeights {
-  const uint8_t* w;   // tile stream, or null
-  const int4* tiles;  // its w_tiles
-  heuristics::NextLaunch launch;
-};
-
 // Everything a launch needs.
 struct Params {
   CUtensorMap y_map;     // y as [m, 2 n] bytes, in boxes of store_tokens x 128, if staged
@@ -41,7 +33,6 @@ struct Params {
   bool staged;       // y is written through shared memory and y_map
   int32_t w_window;  // units on their way at a time
   heuristics::ScheduleParams schedule;
-  NextWeights next;
 };
 
 }  // namespace spense::sm90

@@ -230,25 +230,4 @@ inline void check_hybrid_gemm(const Tensor& x, const Tensor& w_packed, const Ten
   }
 }
 
-// The hint of the weight that the next hybrid_gemm will use; whether there is one.
-inline bool check_next_hint(const Tensor& x, const std::optional<Tensor>& w_packed,
-                            const std::optional<Tensor>& w_tiles, int64_t k) {
-  constexpr const char* op = "hybrid_gemm";
-  if (!w_packed && !w_tiles) return false;
-  if (!w_packed || !w_tiles) {
-    const char* missing = w_packed ? "next_w_tiles" : "next_w_packed";
-    Arg{op, missing}.fail("expected both next_w_packed and next_w_tiles or neither, got None");
-  }
-  const TensorArg packed{{op, "next_w_packed"}, *w_packed}, tiles{{op, "next_w_tiles"}, *w_tiles};
-  check_dtype(tiles, {ScalarType::Int});
-  check_dim(tiles, 2);
-  if (w_tiles->size(0) < 2) tiles.fail("expected at least 2 rows, got ", w_tiles->size(0));
-  check_packed(packed, tiles, (w_tiles->size(0) - 1) * format::kTileRows);
-  check_at_least_one({op, "next_k"}, k);
-  const TensorArg x_arg = SPENSE_ARG(op, x);
-  check_same_device(packed, x_arg);
-  check_same_device(tiles, x_arg);
-  return true;
-}
-
 }  // namespace spense::ops

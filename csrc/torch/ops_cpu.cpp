@@ -50,13 +50,11 @@ void for_tiles(const char* op, int64_t tiles, const Check& check) {
 
 Tensor hybrid_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& w_tiles,
                    const Tensor& x_scale, const Tensor& w_scale, std::optional<Tensor> bias,
-                   std::optional<Tensor> next_w_packed, std::optional<Tensor> next_w_tiles,
                    int64_t n, int64_t k, int64_t layout, std::optional<ScalarType> out_dtype,
                    bool /*fast_accum: sums are always float32 here*/,
-                   std::optional<std::string> config, int64_t next_k) {
+                   std::optional<std::string> config) {
   constexpr const char* op = "hybrid_gemm";
   check_hybrid_gemm(x, w_packed, w_tiles, x_scale, w_scale, bias, n, k, layout);
-  check_next_hint(x, next_w_packed, next_w_tiles, next_k);  // of no use here
   check_aligned(SPENSE_ARG(op, w_packed), 16);
   const ScalarType y_dtype = out_dtype.value_or(ScalarType::BFloat16);
   const FloatType out = float_type({op, "out_dtype"}, y_dtype);

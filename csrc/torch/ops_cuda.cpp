@@ -40,29 +40,15 @@ void check_stream_size(const TensorArg& w_packed, int64_t n, int64_t k) {
   }
 }
 
-// Whether there is a hint of the next weight.
-bool check_next(const Tensor& x, const std::optional<Tensor>& w_packed,
-                const std::optional<Tensor>& w_tiles, int64_t k) {
-  if (!check_next_hint(x, w_packed, w_tiles, k)) return false;
-  constexpr const char* op = "hybrid_gemm";
-  const TensorArg packed{{op, "next_w_packed"}, *w_packed};
-  check_aligned(packed, 16);
-  check_aligned(TensorArg{{op, "next_w_tiles"}, *w_tiles}, 16);
-  check_stream_size(packed, (w_tiles->size(0) - 1) * format::kTileRows, k);
-  return true;
-}
-
 Tensor hybrid_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& w_tiles,
                    const Tensor& x_scale, const Tensor& w_scale, std::optional<Tensor> bias,
-                   std::optional<Tensor> next_w_packed, std::optional<Tensor> next_w_tiles,
                    int64_t n, int64_t k, int64_t layout, std::optional<ScalarType> out_dtype,
-                   bool fast_accum, std::optional<std::string> config, int64_t next_k) {
+                   bool fast_accum, std::optional<std::string> config) {
   constexpr const char* op = "hybrid_gemm";
   check_hybrid_gemm(x, w_packed, w_tiles, x_scale, w_scale, bias, n, k, layout);
   check_aligned(SPENSE_ARG(op, w_packed), 16);
   check_aligned(SPENSE_ARG(op, w_tiles), 16);
   check_stream_size({{op, "w_packed"}, w_packed}, n, k);
-  const bool has_next = check_next(x, next_w_packed, next_w_tiles, next_k);
   const ScalarType y_dtype = out_dtype.value_or(ScalarType::BFloat16);
   const FloatType out = float_type({op, "out_dtype"}, y_dtype);
 
@@ -86,13 +72,6 @@ Tensor hybrid_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& w_tile
   args.bias = bias ? data<float>(*bias) : nullptr;
   args.y = y.mutable_data_ptr();
   args.out = out;
-  if (has_next) {
-    args.next.n = (next_w_tiles->size(0) - 1) * format::kTileRows;
-    args.next.k = next_k;
-    args.next.w = data<uint8_t>(*next_w_packed);
-    args.next.w_bytes = next_w_packed->numel();
-    args.next.tiles = data<int32_t>(*next_w_tiles);
-  }
 
   const auto plan = cuda::plan_gemm(args, fast_accum, config ? config->c_str() : nullptr);
   if (!plan) {

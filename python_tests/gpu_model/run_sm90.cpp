@@ -54,9 +54,7 @@ int main(int count, char** words) {
       model::machine().regions = problem.regions(heuristics::partial_bytes(config, schedule),
                                                  heuristics::counter_count(config, schedule));
       GemmArgs args = problem.args();
-      args.next = {args.n, args.k, args.w, args.w_bytes, args.tiles};  // the same once more
-      const auto next = heuristics::next_launch(desc, {}, choice, schedule);
-      sm90::launch(choice, schedule, args, next, problem.partials(), problem.counters(), nullptr);
+      sm90::launch(choice, schedule, args, problem.partials(), problem.counters(), nullptr);
     };
     kernels.push_back({choice.name(), config.tokens, heuristics::cluster_size(config), launch});
   }

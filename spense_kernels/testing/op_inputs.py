@@ -147,7 +147,6 @@ def gemm_call(
     bias: bool = False,
     per_tensor: bool = False,
     out_dtype: torch.dtype = torch.bfloat16,
-    hint: bool = False,
 ) -> OpCall:
     w_packed, w_tiles = pack_call(n=n, k=k, dense_width=dense_width)()
     x, x_scale = ops.quantize_fp8(torch.randn(m, k))
@@ -160,7 +159,4 @@ def gemm_call(
         "bias": torch.randn(n) if bias else None,
     }
     kwargs = {"n": n, "k": k, "layout": 1, "out_dtype": out_dtype}
-    if hint:  # the same weight once more
-        args |= {"next_w_packed": w_packed.clone(), "next_w_tiles": w_tiles.clone()}
-        kwargs["next_k"] = k
     return OpCall("hybrid_gemm", args, kwargs)

@@ -26,6 +26,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __shared__ thread_local
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
