@@ -148,6 +148,25 @@ def neighbours_table(neighbours: dict) -> str:
     return "\n".join(lines)
 
 
+def quantize_table(quantize: dict) -> str:
+    """What quantising x adds to a layer, by gather and in order, and the price of the gather."""
+    rows = {(r["layer"], r["m"]): r for r in quantize["rows"]}
+    tokens = sorted({m for _, m in rows})
+    lines = ["| layer | K | " + " | ".join(f"M = {m}" for m in tokens) + " |"]
+    lines += ["| --- | --- |" + " --- |" * len(tokens)]
+    for layer, k in dict.fromkeys((r["layer"], r["k"]) for r in quantize["rows"]):
+        found = (rows[layer, m] for m in tokens)
+        cells = (
+            f"{r['added_us']:.1f} us, in order {r['added_in_order_us']:.1f} ({r['gather_ratio']:.2f})"
+            if r["m"] <= 64
+            else f"({r['gather_ratio']:.2f})"
+            for r in found
+        )
+        lines.append(f"| {layer} | {k} | {' | '.join(cells)} |")
+    lines += ["", tables.run_line({"runs": [quantize["run"]]}, {0})]
+    return "\n".join(lines)
+
+
 def generate_table(generate: dict) -> str:
     """Of transformers: time of a token, what of it the GPU needs, and the host in the model."""
     lines = [
@@ -186,6 +205,7 @@ PAGES = {
     "docs/performance-h200.md": {"h200": (RESULTS / "gemm_h200.json", tables.full_tables)},
     "docs/transformers.md": {
         "neighbours": (RESULTS / "neighbours_h100.json", neighbours_table),
+        "quantize": (RESULTS / "quantize_h100.json", quantize_table),
         "generate": (RESULTS / "generate.json", generate_table),
     },
     "docs/sm90-misses.md": {"counters": (RESULTS / "counters_h100.json", counters_table)},
