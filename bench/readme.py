@@ -16,6 +16,7 @@ from decoding.tables import decode_table
 from gemm import counter_table, regret, tables
 
 ROOT = Path(__file__).resolve().parent.parent
+FEW_TOKENS = 64
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -156,12 +157,11 @@ def quantize_table(quantize: dict) -> str:
     lines += ["| --- | --- |" + " --- |" * len(tokens)]
     for layer, k in dict.fromkeys((r["layer"], r["k"]) for r in quantize["rows"]):
         found = (rows[layer, m] for m in tokens)
-        cells = (
-            f"{r['added_us']:.1f} us, in order {r['added_in_order_us']:.1f} ({r['gather_ratio']:.2f})"
-            if r["m"] <= 64
-            else f"({r['gather_ratio']:.2f})"
-            for r in found
-        )
+        cells = []
+        for r in found:
+            ratio, added = f"({r['gather_ratio']:.2f})", (r["added_us"], r["added_in_order_us"])
+            few = "{:.1f} us, in order {:.1f} ".format(*added) if r["m"] <= FEW_TOKENS else ""
+            cells.append(few + ratio)
         lines.append(f"| {layer} | {k} | {' | '.join(cells)} |")
     lines += ["", tables.run_line({"runs": [quantize["run"]]}, {0})]
     return "\n".join(lines)
