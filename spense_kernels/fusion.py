@@ -92,10 +92,6 @@ class FusedPart(SpenseLinear):
         self.__dict__["_group"] = group
 
     @property
-    def gemm(self) -> FusedProjections:
-        return self._group
-
-    @property
     def w_scale(self) -> Tensor:
         first, last = self._rows
         return self._group.w_scale[first:last]

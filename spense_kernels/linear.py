@@ -194,11 +194,6 @@ class SpenseLinear(PackedLinear):
         bias = None if linear.bias is None else linear.bias.detach()
         return cls.from_hybrid(HybridWeight.from_float(pruned, split, bias))
 
-    @property
-    def gemm(self) -> PackedLinear:
-        """The module that computes this layer: itself, or the group that it is fused into."""
-        return self
-
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
         """An nn.Linear with the same weight (zeros at pruned places) and bias in `dtype`."""
         weight = self.hybrid_weight().dequantize(dtype)

@@ -15,7 +15,6 @@
 #include "device/cache_policy.h"
 #include "device/job_ring.cuh"
 #include "device/ptx.cuh"
-#include "device/tile_table.cuh"
 #include "sm90/traits.cuh"
 
 namespace spense::sm90 {
