@@ -2,7 +2,7 @@
 """Runs compute-sanitizer's tools over every kernel and configuration on tiny problems.
 
     python bench/sanitize.py --json sanitize.json     # memcheck, racecheck, synccheck, initcheck
-    python bench/sanitize.py --tools memcheck --configs t128x16_c1k1_s8x13
+    python bench/sanitize.py --tools memcheck --configs t128x16_c1_s8x13
     python bench/sanitize.py --read sanitize.log --json sanitize.json           # without a GPU
 
 The tools run beside one another, a process each, and a tool that has not ended after --limit-s is

@@ -130,7 +130,7 @@ def test_launches_belong_to_points():
     assert [launch["ns"] for launch in found] == [10000, 5000, 5000]
     points = [counters.Point("qwen3-32b.o", 1, d, "cublas_row") for d in (0.25, 1.0)]
     (entry,) = counters.by_point(points[:1], found)
-    assert entry["ours"]["config"] == "t128x16_c1k1_s8x13"
+    assert entry["ours"]["config"] == "t128x16_c1_s8x13"
     assert [launch["kernel"] for launch in entry["theirs"]] == [NVJET, "splitK_reduce"]
     with pytest.raises(ValueError, match="expected 2 launches of hybrid_gemm, got 1"):
         counters.by_point(points, found)
@@ -180,7 +180,7 @@ def test_a_run_and_its_table(monkeypatch, tmp_path, capsys):
     assert len(lines) == 5
     swept = "| qwen3-32b.o | 1 | 25% | 1.35 x cuBLASLt | **1.250** | 12.0 | 50% |"
     assert lines[2] == (
-        f"{swept} 10.0 | t128x16_c1k1_s8x13 "
+        f"{swept} 10.0 | t128x16_c1_s8x13 "
         "| 30% | 50% | 55% | 85% | 80% | 10% | 10.0 | 20% | 25% | 80x64_128x11 + splitK_reduce "
         "| DRAM |"
     )

@@ -13,8 +13,8 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench"
 KERNEL = "_ZN6spense4sm9011hybrid_gemmINS0_6TraitsI{}EEEEvNS0_6ParamsE"
 NUMBERS = {
-    "t128x16_c1k1_s8x13": "Li1ELi16ELi1ELi1ELi8ELi13ELi2ELb1E",
-    "t128x32_c1k1_s7x9": "Li1ELi32ELi1ELi1ELi7ELi9ELi2ELb1E",
+    "t128x16_c1_s8x13": "Li1ELi16ELi1ELi8ELi13ELi2ELb1E",
+    "t128x32_c1_s7x9": "Li1ELi32ELi1ELi7ELi9ELi2ELb1E",
 }
 
 
@@ -92,9 +92,9 @@ def reports() -> str:
         [
             "========= COMPUTE-SANITIZER",
             "  control: right, 0.1 s",
-            race("t128x16_c1k1_s8x13", 0x190, 0x2A0, 4)
-            + race("t128x16_c1k1_s8x13", 0x190, 0x2A0, 8)
-            + race("t128x32_c1k1_s7x9", 0x190, 0x2A0, 4).rstrip(),
+            race("t128x16_c1_s8x13", 0x190, 0x2A0, 4)
+            + race("t128x16_c1_s8x13", 0x190, 0x2A0, 8)
+            + race("t128x32_c1_s7x9", 0x190, 0x2A0, 4).rstrip(),
             *same,
             "========= RACECHECK SUMMARY: 16 hazards displayed (16 errors, 0 warnings)",
             "========= ERROR SUMMARY: 6 errors",
@@ -109,9 +109,9 @@ def test_findings_that_are_alike_are_one():
     found = findings.parse(reports())
     assert [f.count for f in found] == [3, 2, 1]
     assert [f.configs for f in found] == [
-        {"t128x16_c1k1_s8x13"},
-        {"t128x16_c1k1_s8x13"},
-        {"t128x32_c1k1_s7x9"},
+        {"t128x16_c1_s8x13"},
+        {"t128x16_c1_s8x13"},
+        {"t128x32_c1_s7x9"},
     ]
     assert [offset for _, offset in found[1].places] == [0x190, 0x2A0]
     assert found[0].text[0].startswith("Uninitialized")
@@ -125,10 +125,10 @@ def test_what_a_tool_says_is_kept_and_read_again(sanitize, monkeypatch, tmp_path
     assert not found["clean"]
     assert found["exit"] == 9
     assert [entry["count"] for entry in found["findings"]] == [3, 2, 1]
-    assert "2 x t128x16_c1k1_s8x13: Error: Race reported between Write access" in text
+    assert "2 x t128x16_c1_s8x13: Error: Race reported between Write access" in text
 
     lister = tmp_path / "cuobjdump"
-    kernel = KERNEL.format(NUMBERS["t128x16_c1k1_s8x13"])
+    kernel = KERNEL.format(NUMBERS["t128x16_c1_s8x13"])
     lines = [f"Function : {kernel}", "  /*0190*/   UBLKCP.S.G [UR6], [UR4] ;  /* 0x1 */"]
     lister.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(lines) + "\nEND\n")
     lister.chmod(0o755)
@@ -150,9 +150,9 @@ def test_what_a_tool_says_is_kept_and_read_again(sanitize, monkeypatch, tmp_path
 def test_a_bulk_copy_is_explained_where_the_control_is_reported_too(read, control, explained):
     from sanitizing import findings
 
-    text = race("t128x16_c1k1_s8x13", 0x190, 0x2A0, 4)
+    text = race("t128x16_c1_s8x13", 0x190, 0x2A0, 4)
     if control:
-        text += text.replace(KERNEL.format(NUMBERS["t128x16_c1k1_s8x13"]), findings.CONTROL)
+        text += text.replace(KERNEL.format(NUMBERS["t128x16_c1_s8x13"]), findings.CONTROL)
     code = {0x190: "@!UP1 UBLKCP.S.G [UR6], [UR4], UR10", 0x2A0: read}
     entries = [finding.facts() for finding in findings.parse(text)]
     assert len(entries) == 1 + control

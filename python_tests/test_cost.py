@@ -142,7 +142,7 @@ def test_cut_tiles_get_as_many_pieces_each_where_that_keeps_nearly_all_busy():
         found = _C.sm90.schedule(m, n, k, packed, choice)
         return found["clusters"], found["whole"], found["skew"]
 
-    small, large = "t128x16_c1k1_s8x13:stream", "t128x128_c1k1_s5x7_f:stream"
+    small, large = "t128x16_c1_s8x13:stream", "t128x128_c1_s5x7_f:stream"
     # 40 tiles on 132 multiprocessors: three pieces each, whether K is short or long.
     assert dealt(16, 5120, 8192, small) == (120, 0, 0)
     assert dealt(16, 5120, 25600, small) == (120, 0, 0)

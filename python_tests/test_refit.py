@@ -38,7 +38,7 @@ def results(model, noise: float = 0.0) -> dict:
                 shape = {"layer": f"{n}x{k}", "n": n, "k": k, "m": m, "dense": d, "run": 0}
                 for name, config in instances().items():
                     facts = facts_of(config, n, k, m, packed, 132)
-                    for mode in ("whole",) if config.splits > 1 else ("whole", "stream"):
+                    for mode in ("whole", "stream"):
                         us = estimate(model.device, *model.config[name], mode == "stream", facts)
                         us = float(us * np.exp(noise * chance.standard_normal()))
                         run = {"config": f"{name}:{mode}", "us": us, "packed_bytes": packed}

@@ -26,7 +26,7 @@ DOUBT, DOUBTED = 0.03, 3  # regret above which the fastest few are timed again
 
 
 def token_tile(name: str) -> int | None:
-    """128 of t128x128_c1k1_s5x6_f:whole; None for a name of another kind."""
+    """128 of t128x128_c1_s5x6_f:whole; None for a name of another kind."""
     match = re.match(r"t\d+x(\d+)_", name)
     return int(match[1]) if match else None
 

@@ -23,6 +23,7 @@ L2_BYTES = 40e6
 OF_CONFIG = ("sparse", "dense", "tile", "fix-up")  # microseconds, in sm90_costs.def
 LEAST = 0.01  # of any constant, which is fitted as a logarithm
 MULTIPROCESSORS = 132
+MODES = ("whole", "stream")
 
 
 @dataclass(frozen=True)
@@ -30,34 +31,33 @@ class Config:
     row_tiles: int
     tokens: int
     cluster_rows: int
-    splits: int
 
     def tile_tokens(self, m: int) -> int:
         """As heuristics::tile_tokens of csrc/heuristics/gemm.h."""
         tiles = ceil_div(m, self.tokens)
         if tiles == 1 and self.cluster_rows == 1:
             return m
-        own = 8 * ceil_div(self.tokens // 8, self.splits)
-        store = 32 if own % 32 == 0 else 16 if own % 16 == 0 else 8
+        store = 32 if self.tokens % 32 == 0 else 16 if self.tokens % 16 == 0 else 8
         return ceil_div(ceil_div(m, tiles), unit := max(8 * self.cluster_rows, store)) * unit
 
     def even_clusters(self, tiles: int, k_blocks: int, slots: int) -> int:
         """As heuristics::even_clusters of csrc/heuristics/gemm.h."""
         if tiles >= slots:
             return 0
-        even, steps = slots // tiles * tiles, ceil_div(k_blocks, 2)
+        steps = ceil_div(k_blocks, 2)
+        even = min(max(steps // 2, 1), slots // tiles) * tiles
         short_pieces = self.tokens <= 64 and steps * tiles <= 16 * slots
         return even if short_pieces or 10 * even >= 9 * slots else 0
 
     def slots(self, multiprocessors: int) -> int:
         """Clusters at a time, as gemm.cpp guesses them where no device can be asked."""
-        size = self.cluster_rows * self.splits
+        size = self.cluster_rows
         return max(1, multiprocessors // size * (10 if size > 2 else 11) // 11)
 
 
 @cache
 def instances() -> dict[str, Config]:
-    return {name: Config(*numbers[:4]) for name, numbers in kernels.instances().items()}
+    return {name: Config(*numbers[:3]) for name, numbers in kernels.instances().items()}
 
 
 @dataclass
@@ -157,13 +157,13 @@ def facts_of(
     sparse = (4 * row_tiles * blocks - packed_bytes // BLOCK_BYTES) // 3 / row_tiles
     token_tiles = ceil_div(m, config.tokens)
     x_rows = ceil_div(row_tiles, config.row_tiles) * m
-    size, slots = config.cluster_rows * config.splits, config.slots(multiprocessors)
+    size, slots = config.cluster_rows, config.slots(multiprocessors)
     tiles = ceil_div(row_tiles, config.row_tiles * config.cluster_rows) * token_tiles
     even = config.even_clusters(tiles, blocks, slots)
     return {
-        "sparse": sparse / config.splits,
-        "dense": (blocks - 2 * sparse) / config.splits,
-        "zeros": ((token_tiles * config.tile_tokens(m) - m) / 32) ** 2 * blocks / config.splits,
+        "sparse": sparse,
+        "dense": blocks - 2 * sparse,
+        "zeros": ((token_tiles * config.tile_tokens(m) - m) / 32) ** 2 * blocks,
         "rounds": tiles / slots,
         "pieces": tiles / (even or slots),
         "cut": even != tiles,
@@ -203,7 +203,7 @@ def estimates(
     us = {}
     for name, config in instances().items():
         facts = facts_of(config, n, k, m, packed_bytes, multiprocessors)
-        for mode in modes(config):
+        for mode in MODES:
             costs = model.config[name]
             us[f"{name}:{mode}"] = float(estimate(model.device, *costs, mode == "stream", facts))
     return us
@@ -215,13 +215,10 @@ def choice(model: Model, n: int, k: int, m: int, packed_bytes: int, multiprocess
     return min(us, key=us.__getitem__)
 
 
-def modes(config: Config) -> tuple[str, ...]:
-    return ("whole",) if config.splits > 1 else ("whole", "stream")
-
-
 def tile_name(config: str) -> str:
-    """A config's name without its rings: runs of a build with other depths count as today's."""
-    return re.sub(r"_s\d+x\d+", "", config)
+    """A config's name without its rings, and without the k1 that older names had: runs of a build
+    with other depths count as today's."""
+    return re.sub(r"(k1)?_s\d+x\d+", "", config)
 
 
 def read_runs(paths: list[Path], twice: bool = False) -> Runs:
@@ -263,7 +260,7 @@ def read_runs(paths: list[Path], twice: bool = False) -> Runs:
         _, n, k, m, *_ = key
         for at, (name, config) in enumerate(known.items()):
             facts = facts_of(config, n, k, m, times["bytes"], multiprocessors)
-            for mode in modes(config):
+            for mode in MODES:
                 us = times.get((name, mode), np.nan)
                 rows.append((us, number[key], at, mode == "stream", *facts.values()))
     if not rows:

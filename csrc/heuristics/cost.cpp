@@ -57,9 +57,8 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
   const double sparse = static_cast<double>(desc.sparse_units()) / row_tiles;
   const double zeros =
       (token_tiles * tile_tokens(config, desc.m) - static_cast<double>(desc.m)) / 32;
-  const double units_us = (sparse * c.sparse_us + (blocks - 2 * sparse) * c.dense_us +
-                           zeros * zeros * blocks * kZeroRowsNs / 1000) /
-                          config.splits;
+  const double units_us = sparse * c.sparse_us + (blocks - 2 * sparse) * c.dense_us +
+                          zeros * zeros * blocks * kZeroRowsNs / 1000;
 
   const double w = static_cast<double>(desc.packed_bytes);
   const double x = static_cast<double>(desc.m * desc.k), y = static_cast<double>(desc.m * desc.n);
@@ -84,10 +83,10 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
   if (choice.mode == Mode::kWhole && rounds > 1) {
     // What the last round lacks to a full one, when memory is no limit any more. Tickets give the
     // last tiles to those that are ahead.
-    const double ahead = cluster_size(config) == 1 ? kSpread * us : 0;
+    const double ahead = config.cluster_rows == 1 ? kSpread * us : 0;
     us += std::max(0.0, (full - rounds) * (units_us + c.tile_us) - ahead);
   }
-  if (token_tiles > 1) us *= 1 + kCompany * (cluster_size(config) - 1);
+  if (token_tiles > 1) us *= 1 + kCompany * (config.cluster_rows - 1);
   return us + launch;
 }
 

@@ -39,7 +39,7 @@ std::vector<GemmChoice> choices() {
   std::vector<GemmChoice> all;
   for (const GemmConfig& config : configs()) {
     all.push_back({&config, Mode::kWhole});
-    if (config.splits == 1) all.push_back({&config, Mode::kStream});  // one or the other cuts K
+    all.push_back({&config, Mode::kStream});
   }
   return all;
 }
@@ -85,7 +85,7 @@ int cluster_slots(const GemmDesc& desc, const MaxClusters& fit, const GemmConfig
   const auto index = static_cast<size_t>(&config - configs().data());
   const int known = index < fit.size() ? fit[index] : 0;
   // Large clusters leave multiprocessors over in every group of them that a cluster cannot span.
-  const int size = cluster_size(config);
+  const int size = config.cluster_rows;
   const int guess = desc.multiprocessors / size * (size > 2 ? 10 : 11) / 11;
   return std::max(1, known ? known : guess);
 }
@@ -93,7 +93,9 @@ int cluster_slots(const GemmDesc& desc, const MaxClusters& fit, const GemmConfig
 int even_clusters(const GemmConfig& config, int64_t tiles, int64_t k_blocks, int slots) {
   constexpr int kShortPiece = 16;
   if (tiles >= slots) return 0;
-  const int64_t even = slots / tiles * tiles, steps = steps_of(static_cast<int32_t>(k_blocks));
+  // Every piece gets a step, whatever a tile's columns are.
+  const int64_t steps = steps_of(static_cast<int32_t>(k_blocks));
+  const int64_t even = std::clamp<int64_t>(steps / 2, 1, slots / tiles) * tiles;
   const bool nearly_all = 10 * even >= 9 * slots;
   const bool short_pieces = config.tokens <= 64 && steps * tiles <= kShortPiece * slots;
   return nearly_all || short_pieces ? static_cast<int>(even) : 0;
@@ -114,13 +116,17 @@ ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slot
   }
   const int32_t tiles =
       static_cast<int32_t>(format::ceil_div(p.row_tiles, group_tiles(config))) * p.token_tiles;
-  if (config.splits > 1 || choice.mode == Mode::kWhole || !streamable(p)) {
-    // CTAs that split K exchange their sums once a launch: as many clusters as tiles.
+  if (choice.mode == Mode::kWhole || !streamable(p)) {
     p.whole = tiles;
-    p.clusters = config.splits > 1 ? tiles : std::min(slots, tiles);
+    p.clusters = std::min(slots, tiles);
     return p;
   }
 
+  if (const int even = even_clusters(config, tiles, p.k_blocks, slots)) {
+    p.clusters = even;
+    p.pieces = even / tiles;
+    return p;
+  }
   p.clusters = slots;
   // The cheapest a tile can be, all of it sparse.
   const int32_t steps = steps_of(p.k_blocks),
@@ -129,11 +135,7 @@ ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slot
   if (config.tokens > 64) {  // bound by the tensor cores: whole tiles, and stream-K for the rest
     p.whole = tiles % p.clusters == 0 ? tiles : std::max(0, tiles / p.clusters - 1) * p.clusters;
   }
-  if (const int even = even_clusters(config, tiles, p.k_blocks, slots)) {
-    p.clusters = even;
-  } else if (config.tokens <= 64) {
-    p.skew = kSkew;
-  }
+  if (config.tokens <= 64) p.skew = kSkew;
   if (p.whole < tiles) {
     // Every piece holds at least one step, also after both its cuts moved.
     const int64_t stream = p.whole == 0 ? int64_t{p.stream_blocks} * p.token_tiles
@@ -153,15 +155,13 @@ int w_window(const GemmChoice& choice) {
 }
 
 int64_t partial_bytes(const GemmConfig& config, const ScheduleParams& schedule) {
-  const int64_t cta_bytes = int64_t{config.row_tiles} * own_groups(config) * 8 * format::kTileRows *
-                            static_cast<int64_t>(sizeof(float));
   constexpr int64_t kSlots = 2;  // of a cluster: partial_slot()
-  return schedule.clusters * cluster_size(config) * cta_bytes *
-         (config.splits > 1 ? config.splits : kSlots);
+  return kSlots * schedule.clusters * config.cluster_rows * config.row_tiles * format::kTileRows *
+         config.tokens * static_cast<int64_t>(sizeof(float));
 }
 
 int64_t counter_count(const GemmConfig& config, const ScheduleParams& schedule) {
-  return int64_t{schedule.clusters} * cluster_size(config) * kConsumerWarpgroups + kTicketCounters;
+  return int64_t{schedule.clusters} * config.cluster_rows * kConsumerWarpgroups + kTicketCounters;
 }
 
 }  // namespace spense::heuristics

@@ -33,7 +33,6 @@ struct GemmConfig {
   int row_tiles;     // of 128 rows in a CTA: 1, shared by both consumer warpgroups, or one for each
   int tokens;        // token tile, a multiple of 8 up to 256
   int cluster_rows;  // CTAs of different row tiles that share their activations by multicast
-  int splits;        // CTAs that share the K of a tile and exchange their sums
   int w_stages;      // ring of weight units for each row tile, 20 KiB a unit
   int x_stages;      // ring of activations,
   int x_blocks;      // in slots of so many blocks, 1 or 2, of tokens * 128 bytes each
@@ -46,14 +45,10 @@ inline constexpr int kSmemPerCta = 227 * 1024;
 inline constexpr int kBarrierBytes = 8;
 inline constexpr int kJobStages = 4;  // segments that the weight warp may be ahead
 inline constexpr int kJobBytes = 32;
-inline constexpr int kMaxSplits = 4;
 inline constexpr int kWStageBytes = format::kSparseUnitBytes;
 
 // The consumers, and a warpgroup of which two warps load; it hands its registers to the consumers.
 inline constexpr int kThreads = (kConsumerWarpgroups + 1) * 128;
-constexpr int cluster_size(const GemmConfig& c) { return c.cluster_rows * c.splits; }
-// Token groups of 8 of a tile that each of the CTAs finishes that split its K.
-constexpr int own_groups(const GemmConfig& c) { return (c.tokens / 8 + c.splits - 1) / c.splits; }
 constexpr int x_stage_bytes(const GemmConfig& c) {
   return c.x_blocks * c.tokens * format::kRowBytes;
 }
@@ -66,15 +61,14 @@ constexpr int slot_pieces(const GemmConfig& c) {
   return x_stage_bytes(c) / kConsumerWarpgroups / kStagedBytes;
 }
 constexpr bool staged_in_slot(const GemmConfig& c) {
-  return staged(c) && !c.promote && c.splits == 1 && slot_pieces(c) >= 2;
+  return staged(c) && !c.promote && slot_pieces(c) >= 2;
 }
 constexpr int staging_bytes(const GemmConfig& c) {
   return staged(c) && !staged_in_slot(c) ? kConsumerWarpgroups * 2 * kStagedBytes : 0;
 }
 // Tokens of one tensor store.
 constexpr int store_tokens(const GemmConfig& c) {
-  const int tokens = 8 * own_groups(c);
-  return tokens % 32 == 0 ? 32 : tokens % 16 == 0 ? 16 : 8;
+  return c.tokens % 32 == 0 ? 32 : c.tokens % 16 == 0 ? 16 : 8;
 }
 // Tokens of each of a product's tiles, of which the last may hold fewer: no more than they need, as
 // rows of zeros take longer to copy than rows of x. A multiple of what each CTA of a cluster copies
@@ -89,7 +83,7 @@ constexpr int smem_bytes(const GemmConfig& c) {
   const int w_slots = c.row_tiles * c.w_stages;
   return w_slots * kWStageBytes + c.x_stages * x_stage_bytes(c) +
          2 * (w_slots + c.x_stages + kJobStages) * kBarrierBytes + kJobStages * kJobBytes +
-         kConsumerWarpgroups * (4 + kMaxSplits * kBarrierBytes) + staging_bytes(c);
+         kConsumerWarpgroups * 4 + staging_bytes(c);
 }
 // Arrivals that complete a phase of each barrier.
 constexpr int w_full_arrivals() { return 1; }
@@ -107,15 +101,14 @@ constexpr bool legal(const GemmConfig& c) {
   const bool tile = c.tokens % 8 == 0 && c.tokens >= 8 && c.tokens <= 256;
   // A box of x is at least 8 rows high, the period of the 128-byte swizzle.
   const bool box =
-      cluster_size(c) >= 1 && cluster_size(c) <= 8 && c.tokens % (8 * c.cluster_rows) == 0;
+      c.cluster_rows >= 1 && c.cluster_rows <= 8 && c.tokens % (8 * c.cluster_rows) == 0;
   // A sparse unit needs two blocks of x, and something should be under way meanwhile.
-  const bool splits = c.splits >= 1 && c.splits <= kMaxSplits;
   const bool blocks = c.x_blocks == 1 || c.x_blocks == 2;
   const bool rings = blocks && c.w_stages >= 2 && c.x_stages * c.x_blocks >= 4;
   const bool rows = c.row_tiles == 1 || c.row_tiles == 2;
   // Sums of a thread: they and their promoted twin must fit the registers.
   const int sums = c.row_tiles * c.tokens / 2 * (c.promote ? 2 : 1);
-  return tile && box && splits && rings && rows && smem_bytes(c) <= kSmemPerCta && sums <= 192;
+  return tile && box && rings && rows && smem_bytes(c) <= kSmemPerCta && sums <= 192;
 }
 
 // Row tiles that a cluster works on side by side.
@@ -164,7 +157,7 @@ int w_window(const GemmChoice& choice);
 // What a CTA brings into L2 with its ring full.
 inline constexpr int kAheadBytes = 64 * 1024;
 
-// Room that a launch needs for sums that are exchanged or put together, and its counters.
+// Room that a launch needs for sums that are put together, and its counters.
 int64_t partial_bytes(const GemmConfig& config, const ScheduleParams& schedule);
 // Behind a counter for each consumer warpgroup one gives out whole tiles (by_tickets).
 inline constexpr int kTicketCounters = 1;

@@ -14,6 +14,9 @@
 //                        a cluster; a cut is moved to the next step, or to the tile's edge when
 //                        that is at most `snap` blocks away
 //
+// With `pieces` every tile is cut by itself, into so many pieces of about equal blocks, one a
+// cluster: all that hold a tile end at about the same time.
+//
 // Tiles are numbered row group by row group inside a band of `band` token tiles.
 // Every piece is at least one step long (heuristics::legal), so the clusters `first`..`last` of a
 // tile that was cut are consecutive and each holds one segment of it.
@@ -40,6 +43,7 @@ struct ScheduleParams {
   int32_t band = 1;
   int32_t clusters = 1;
   int32_t whole = 0;
+  int32_t pieces = 0;  // of each tile; 0: as `whole` says
   int32_t snap = 0;
   int32_t skew = 0;  // 1/1024: how much less of the stream the last cluster gets than the first
   int32_t back = 0;  // 1/1024: share of the steps that are taken from the end of K (Walk)
@@ -135,19 +139,15 @@ SPENSE_HD constexpr int32_t partial_slot(int32_t cluster, bool holds_first_step)
 template <typename Table, int kGroup>
 class Schedule {
  public:
-  // Of every segment this object gives part `split` of `splits`.
-  SPENSE_HD Schedule(const ScheduleParams& params, const Table& table, int32_t cluster,
-                     int32_t split = 0, int32_t splits = 1)
+  SPENSE_HD Schedule(const ScheduleParams& params, const Table& table, int32_t cluster)
       : p_(params),
         table_(table),
         cluster_(cluster),
-        split_(split),
-        splits_(splits),
         steps_(steps_of(params.k_blocks)),
         walk_{steps_, params.back} {
     groups_ = (p_.row_tiles + kGroup - 1) / kGroup;
     stream_total_ = p_.token_tiles * p_.stream_blocks;
-    if (p_.whole < groups_ * p_.token_tiles) start_stream();
+    if (!p_.pieces && p_.whole < groups_ * p_.token_tiles) start_stream();
   }
 
   // The next segment of this cluster, or false. The stream part comes first, so that its sums are
@@ -164,7 +164,6 @@ class Schedule {
       if (begin < end) {
         out = Segment{group_, token_, begin, end, cluster_, cluster_};
         if (begin > 0 || end < steps_) find_contributors(out);
-        narrow(out);
       }
       if (end < steps_) {
         in_stream_ = false;
@@ -173,11 +172,11 @@ class Schedule {
       }
       if (begin < end) return true;
     }
+    if (p_.pieces) return next_piece(out);
     tile_ = tile_ < 0 ? cluster_ : take();
     if (tile_ >= p_.whole) return false;
     place(tile_);
     out = Segment{group_, token_, 0, steps_, cluster_, cluster_};
-    narrow(out);
     return true;
   }
 
@@ -285,16 +284,23 @@ class Schedule {
     if (dense <= 0) return (offset + kSparseBlocks - 1) / kSparseBlocks;
     return min(steps_, sparse_units + (dense + kMaxStepBlocks - 1) / kMaxStepBlocks);
   }
-  // Keeps one part of a segment, all of about equal blocks; it may be empty.
-  SPENSE_HD void narrow(Segment& out) const {
-    if (splits_ == 1) return;
-    const int32_t begin = out.step_begin, before = blocks_until(begin);
-    const int32_t blocks = blocks_until(out.step_end) - before;
-    if (split_ > 0) out.step_begin = first_step(before + blocks * split_ / splits_);
-    if (split_ + 1 < splits_) {
-      out.step_end = first_step(before + blocks * (split_ + 1) / splits_);
-    }
+
+  // --- pieces ---
+  SPENSE_HD bool next_piece(Segment& out) {
+    if (tile_ >= 0) return false;
+    tile_ = cluster_ / p_.pieces;
+    place(tile_);
+    const int32_t piece = cluster_ - tile_ * p_.pieces, first = cluster_ - piece;
+    const int32_t blocks = blocks_until(steps_);
+    const auto edge = [&](int32_t pieces) {
+      return pieces == p_.pieces ? steps_ : first_step(blocks * pieces / p_.pieces);
+    };
+    const int32_t begin = piece == 0 ? 0 : edge(piece);
+    out = Segment{group_, token_, begin, edge(piece + 1), first, first + p_.pieces - 1};
+    return true;
   }
+
+  // --- the stream part, behind it ---
   // The last cluster whose raw cut is at most `position`.
   SPENSE_HD int32_t owner(int32_t position) const {
     const int32_t last = p_.clusters - 1;
@@ -313,7 +319,7 @@ class Schedule {
 
   ScheduleParams p_;
   Table table_;
-  int32_t cluster_, split_, splits_, steps_;
+  int32_t cluster_, steps_;
   Walk walk_;
   int32_t groups_;
   int32_t tile_ = -1;  // the whole tile dealt last

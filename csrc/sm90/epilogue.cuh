@@ -85,7 +85,7 @@ class Writer {
 
   // staging: the warpgroup's, T::kPieces of kStagedBytes; `fresh`: with no stores of this warpgroup
   // under way that read them.
-  __device__ void store(float (&sums)[T::kOwnSums], uint32_t staging, bool fresh) const {
+  __device__ void store(float (&sums)[T::kSums], uint32_t staging, bool fresh) const {
     scale(sums);
     if constexpr (T::kStaged) {
       if (p_->staged) {
@@ -111,13 +111,13 @@ class Writer {
   }
 
  private:
-  static constexpr int kScaleRegisters = (T::kOwnTokens + 31) / 32;  // lane l holds tokens l + 32 i
+  static constexpr int kScaleRegisters = (T::kTokens + 31) / 32;  // lane l holds tokens l + 32 i
 
   __device__ static int lane() { return threadIdx.x % 32; }
 
-  __device__ __forceinline__ void scale(float (&sums)[T::kOwnSums]) const {
+  __device__ __forceinline__ void scale(float (&sums)[T::kSums]) const {
 #pragma unroll
-    for (int j = 0; j < T::kOwnTokens / 8; ++j) {
+    for (int j = 0; j < T::kTokens / 8; ++j) {
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         const int from = j % 4 * 8 + lane() % 4 * 2 + t;
@@ -135,12 +135,12 @@ class Writer {
   // Two groups of 8 tokens x 16 rows at a time; each lane ends up with 8 rows of one token, so
   // that a warp's store fills whole 32-byte sectors.
   template <typename Out>
-  __device__ __forceinline__ void store_16bit(const float (&sums)[T::kOwnSums]) const {
+  __device__ __forceinline__ void store_16bit(const float (&sums)[T::kSums]) const {
     if (!p_->wide_rows) {
       store_each<Out>(sums);
       return;
     }
-    constexpr int kGroups = T::kOwnTokens / 8;
+    constexpr int kGroups = T::kTokens / 8;
     const int quad_lane = lane() % 4;
 #pragma unroll
     for (int j = 0; j < kGroups; j += 2) {
@@ -165,13 +165,13 @@ class Writer {
 
   // 64 rows x 32 tokens at a time go to shared memory, token by token, and from there to y.
   template <typename Out>
-  __device__ __forceinline__ void store_staged(const float (&sums)[T::kOwnSums], uint32_t staging,
+  __device__ __forceinline__ void store_staged(const float (&sums)[T::kSums], uint32_t staging,
                                                bool fresh) const {
     constexpr int kTokens = heuristics::kStagedTokens, kPieces = T::kPieces;
     const int thread = threadIdx.x % 128, warp = thread / 32;
     const int matrix = lane() / 8, column = lane() % 8;
 #pragma unroll
-    for (int begin = 0; begin < T::kOwnTokens; begin += kTokens) {
+    for (int begin = 0; begin < T::kTokens; begin += kTokens) {
       const int piece = begin / kTokens;
       const uint32_t buffer = staging + piece % kPieces * heuristics::kStagedBytes;
       // The piece before used the same buffer, and at first perhaps another tile's.
@@ -186,13 +186,13 @@ class Writer {
         ptx::named_barrier_sync(barrier_, 128);
       }
 #pragma unroll
-      for (int j = 0; j < kTokens / 8 && begin + 8 * j < T::kOwnTokens; j += 2) {
+      for (int j = 0; j < kTokens / 8 && begin + 8 * j < T::kTokens; j += 2) {
         const int at = (begin / 8 + j) * 4;
         const int token = 8 * (j + matrix / 2) + column, chunk = warp * 2 + matrix % 2;
         const uint32_t to = buffer + token * kRowBytes + ((chunk ^ column) * 16);
         const uint32_t a = convert_pair<Out>(sums[at], sums[at + 1]);
         const uint32_t b = convert_pair<Out>(sums[at + 2], sums[at + 3]);
-        if (begin + 8 * (j + 1) < T::kOwnTokens) {
+        if (begin + 8 * (j + 1) < T::kTokens) {
           ptx::store_matrices(to, a, b, convert_pair<Out>(sums[at + 4], sums[at + 5]),
                               convert_pair<Out>(sums[at + 6], sums[at + 7]));
         } else {
@@ -203,7 +203,7 @@ class Writer {
       ptx::named_barrier_sync(barrier_, 128);
       if (thread == 0) {
 #pragma unroll
-        for (int t = 0; t < kTokens && begin + t < T::kOwnTokens; t += T::kStoreTokens) {
+        for (int t = 0; t < kTokens && begin + t < T::kTokens; t += T::kStoreTokens) {
           if (token0_ + begin + t < token_end_) {
             ptx::tensor_store_2d(&p_->y_map, row0_ * 2, token0_ + begin + t,
                                  buffer + t * kRowBytes);
@@ -215,9 +215,9 @@ class Writer {
   }
 
   template <typename Out>
-  __device__ __forceinline__ void store_each(const float (&sums)[T::kOwnSums]) const {
+  __device__ __forceinline__ void store_each(const float (&sums)[T::kSums]) const {
 #pragma unroll
-    for (int i = 0; i < T::kOwnSums; ++i) {
+    for (int i = 0; i < T::kSums; ++i) {
       const int token = token0_ + i / 4 * 8 + lane() % 4 * 2 + i % 2;
       const int row = row0_ + lane() / 4 + i / 2 % 2 * 8;
       if (token < token_end_ && row < p_->n) {

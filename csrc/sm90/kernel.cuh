@@ -36,11 +36,6 @@ __device__ void init_barriers(uint32_t smem) {
     ptx::barrier_init(smem + T::kJobFull + 8 * i, heuristics::job_full_arrivals());
     ptx::barrier_init(smem + T::kJobEmpty + 8 * i, heuristics::job_empty_arrivals());
   }
-  if constexpr (T::kSplits > 1) {
-    for (int i = 0; i < heuristics::kConsumerWarpgroups * heuristics::kMaxSplits; ++i) {
-      ptx::barrier_init(smem + T::kExchanged + 8 * i, 1);
-    }
-  }
   ptx::barrier_init_fence();
 }
 
@@ -85,11 +80,10 @@ class Tickets {
 
 template <class T>
 __device__ __forceinline__ void load_weights(const Params& p, uint32_t smem, JobRing<T>& jobs,
-                                             int cluster, int row, int split) {
+                                             int cluster, int row) {
   constexpr int kGroup = heuristics::group_tiles(T::kConfig);
   const device::DeviceTable table{p.tiles, p.schedule.row_tiles, p.schedule.stream_blocks, kGroup};
-  heuristics::Schedule<device::DeviceTable, kGroup> schedule(p.schedule, table, cluster, split,
-                                                             T::kSplits);
+  heuristics::Schedule<device::DeviceTable, kGroup> schedule(p.schedule, table, cluster);
   heuristics::Segment segment;
   WeightLoader<T> loader(p, smem);
   const bool by_tickets = heuristics::by_tickets(p.schedule, T::kClusterSize);
@@ -103,9 +97,9 @@ __device__ __forceinline__ void load_weights(const Params& p, uint32_t smem, Job
 
 template <class T>
 __device__ __forceinline__ void load_activations(const Params& p, uint32_t smem, JobRing<T>& jobs,
-                                                 int row, int split) {
+                                                 int row) {
   ptx::grid_dependency_wait();
-  ActivationLoader<T> loader(p, smem, row, split * T::kClusterRows);
+  ActivationLoader<T> loader(p, smem, row);
   while (true) {
     jobs.wait();
     const Job job = jobs.read();
@@ -117,12 +111,11 @@ __device__ __forceinline__ void load_activations(const Params& p, uint32_t smem,
 
 template <class T>
 __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<T>& jobs,
-                                        int cluster, int row, int split) {
+                                        int cluster, int row) {
   ptx::grid_dependency_wait();  // before anything is read that the kernel ahead wrote
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warpgroup = warp / 4;
-  Multiplier<T> multiplier(smem, warpgroup, split * T::kClusterRows);
+  Multiplier<T> multiplier(smem, warpgroup);
   const Combiner<T> combiner(p, smem, cluster, row, warpgroup);
-  const Exchange<T> exchange(p, smem, cluster, row, split, warpgroup);
   float sums[T::kParts][T::kSums];
   while (true) {
     jobs.wait();
@@ -136,8 +129,7 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
     Writer<T> writer[T::kParts];
 #pragma unroll
     for (int part = 0; part < T::kParts; ++part) {
-      writer[part].start(p, warpgroup, token0 + split * T::kOwnTokens, token_end,
-                         row0 + part * T::kPartRows);
+      writer[part].start(p, warpgroup, token0, token_end, row0 + part * T::kPartRows);
     }
     const int sparse_units =
         T::kRowTiles == 2 && warpgroup == 1 ? work.sparse_units[1] : work.sparse_units[0];
@@ -147,18 +139,11 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t smem, JobRing<
     done(jobs);
     const uint32_t staging = (T::kStagedInSlot ? multiplier.lent_slot() : smem + T::kStaging) +
                              warpgroup * T::kStagingBytes;
-    const auto store = [&](auto& finished) {
+    if (job.first == job.last || combiner.combine(job, sums)) {
 #pragma unroll
       for (int part = 0; part < T::kParts; ++part) {
-        writer[part].store(finished[part], staging, T::kStagedInSlot && part == 0);
+        writer[part].store(sums[part], staging, T::kStagedInSlot && part == 0);
       }
-    };
-    if constexpr (T::kSplits > 1) {
-      float own[T::kParts][T::kOwnSums];
-      exchange.run(sums, own);
-      store(own);
-    } else if (job.first == job.last || combiner.combine(job, sums)) {
-      store(sums);
     }
   }
   if constexpr (T::kStaged) {
@@ -176,8 +161,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kShares ? 2 : 1)
                         : warp == 8 ? WarpRole::kWeights
                         : warp == 9 ? WarpRole::kActivations
                                     : WarpRole::kIdle;
-  const int cluster = blockIdx.x / T::kClusterSize, row = blockIdx.x % T::kClusterRows;
-  const int split = blockIdx.x % T::kClusterSize / T::kClusterRows;
+  const int cluster = blockIdx.x / T::kClusterRows, row = blockIdx.x % T::kClusterRows;
 
   ptx::grid_launch_dependents();
   int32_t touched = 0;
@@ -193,11 +177,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kShares ? 2 : 1)
   JobRing<T> jobs(smem);
   if (role == WarpRole::kConsumer) {
     ptx::take_registers<T::kConsumerRegisters>();
-    consume<T>(p, smem, jobs, cluster, row, split);
+    consume<T>(p, smem, jobs, cluster, row);
   } else {
     ptx::give_registers<T::kLoaderRegisters>();
-    if (role == WarpRole::kWeights) load_weights<T>(p, smem, jobs, cluster, row, split);
-    if (role == WarpRole::kActivations) load_activations<T>(p, smem, jobs, row, split);
+    if (role == WarpRole::kWeights) load_weights<T>(p, smem, jobs, cluster, row);
+    if (role == WarpRole::kActivations) load_activations<T>(p, smem, jobs, row);
   }
   // Nobody leaves while a neighbour may still arrive at its barriers.
   if constexpr (T::kClusterSize > 1) {

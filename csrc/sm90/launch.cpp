@@ -55,7 +55,7 @@ void launch(const heuristics::GemmChoice& choice, const heuristics::SchedulePara
   p.w_scale = args.w_scale;
   p.bias = args.bias;
   p.y = args.y;
-  p.partials = p.exchange = static_cast<float*>(partials);  // a config uses one of them
+  p.partials = static_cast<float*>(partials);
   p.counters = counters;
   p.w_policy = device::weight_policy(schedule.token_tiles);
   p.x_scale_step = static_cast<int32_t>(args.x_scale_step);

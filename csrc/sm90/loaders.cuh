@@ -132,9 +132,9 @@ class WeightLoader {
 template <class T>
 class ActivationLoader {
  public:
-  // row: of this CTA among those that share x, the first of which is `first` in the cluster.
-  __device__ ActivationLoader(const Params& p, uint32_t smem, uint32_t row, uint32_t first)
-      : p_(p), smem_(smem), row_(row), first_(first) {}
+  // row: of this CTA in the cluster.
+  __device__ ActivationLoader(const Params& p, uint32_t smem, uint32_t row)
+      : p_(p), smem_(smem), row_(row) {}
 
   __device__ void load(const Job& job) {
     const int row = job.token_tile * p_.tile_tokens + static_cast<int>(row_ * box_tokens());
@@ -166,9 +166,9 @@ class ActivationLoader {
         const uint32_t to = slot + i * T::kXBlockBytes;
         const int column = (block + i) * kRowBytes;
         if constexpr (T::kClusterRows > 1) {
-          const uint16_t sharers = ((1u << T::kClusterRows) - 1) << first_;
+          constexpr uint16_t kSharers = (1u << T::kClusterRows) - 1;
           ptx::tensor_copy_2d_multicast(to + row_ * box_tokens() * kRowBytes, &p_.x_map, column,
-                                        row, full, sharers, device::kEvictLast);
+                                        row, full, kSharers, device::kEvictLast);
         } else {
           ptx::tensor_copy_2d(to, &p_.x_map, column, row, full, device::kEvictLast);
         }
@@ -180,7 +180,7 @@ class ActivationLoader {
   __device__ uint32_t box_tokens() const { return p_.tile_tokens / T::kClusterRows; }
 
   const Params& p_;
-  uint32_t smem_, row_, first_;
+  uint32_t smem_, row_;
   Cursor<T::kXStages> at_;
 };
 

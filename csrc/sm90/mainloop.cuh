@@ -19,9 +19,7 @@ class Multiplier {
  public:
   using Sums = float (&)[T::kParts][T::kSums];
 
-  // first_sharer: the CTA of the cluster that is first of those that share x.
-  __device__ Multiplier(uint32_t smem, int warpgroup, int first_sharer)
-      : first_sharer_(first_sharer) {
+  __device__ Multiplier(uint32_t smem, int warpgroup) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const int tile = T::kRowTiles == 2 ? warpgroup : 0;
     const int row0 = T::kRowTiles == 2 ? 0 : warpgroup * T::kPartRows;
@@ -46,7 +44,7 @@ class Multiplier {
   __device__ void run(Sums sums, const heuristics::Walk& walk, int begin, int end, int sparse_units,
                       int k_blocks) {
     inside_ = false;
-    if (T::kPromote || (T::kSplits > 1 && begin == end)) clear(sums);
+    if constexpr (T::kPromote) clear(sums);
     // With kPromote the tensor cores' sums of each block of a batch, at their own precision.
     float batch[kBatchSums][T::kPromote ? T::kParts : 1][T::kPromote ? T::kSums : 1];
     Metadata metadata = {};
@@ -248,21 +246,20 @@ class Multiplier {
       lent_ = false;
     }
     __syncwarp();  // all lanes have read their metadata
-    if (w_ends_ != 0) arrive<1>(w_ends_, 0);
-    if (x_ends_ != 0) arrive<T::kClusterRows>(x_ends_, first_sharer_);
+    if (w_ends_ != 0) arrive<1>(w_ends_);
+    if (x_ends_ != 0) arrive<T::kClusterRows>(x_ends_);
   }
   // Arrives once a warp, at the barriers of all that share the slot.
   template <int kSharers>
-  __device__ __forceinline__ static void arrive(uint32_t barrier, int first) {
+  __device__ __forceinline__ static void arrive(uint32_t barrier) {
     const int lane = static_cast<int>(ptx::lane_id());
     if constexpr (kSharers > 1) {
-      if (lane < kSharers) ptx::barrier_arrive_remote(barrier, first + lane);
+      if (lane < kSharers) ptx::barrier_arrive_remote(barrier, lane);
     } else {
       if (lane == 0) ptx::barrier_arrive(barrier);
     }
   }
 
-  int first_sharer_;
   uint32_t w_full_, w_empty_, x_ring_smem_, x_full_, x_empty_, metadata_;
   uint64_t values_, x_ring_;  // operands of the rings' first slots
   bool second_word_;

@@ -23,7 +23,6 @@ struct Params {
   const float* bias;     // [n] or null
   void* y;               // [m, n]
   float* partials;       // [2 * CTAs, 128 * tokens]
-  float* exchange;       // sums on their way between CTAs that split K
   uint32_t* counters;    // [CTAs, 2] and one for tickets, zero between launches
   uint64_t w_policy;     // L2 policy of the weights
   int32_t x_scale_step, m, n;

@@ -10,104 +10,6 @@
 
 namespace spense::sm90 {
 
-// Brings the sums of the CTAs together that split the K of a tile: each sends the others their
-// share of the tokens, through L2, and keeps its own. They are of one cluster and so run at the
-// same time, which is why they may wait for one another. Works by warpgroup, once a launch.
-template <class T>
-class Exchange {
- public:
-  __device__ Exchange(const Params& p, uint32_t smem, int cluster, int row, int split,
-                      int warpgroup)
-      : arrived_(smem + T::kExchanged + 8 * heuristics::kMaxSplits * warpgroup),
-        buffer_(reinterpret_cast<float4*>(p.exchange) +
-                (static_cast<int64_t>(cluster) * T::kClusterRows + row) * kBuffer +
-                warpgroup * 128 + threadIdx.x % 128),
-        row_(row),
-        split_(split),
-        warpgroup_(warpgroup) {}
-
-  __device__ void run(const float (&sums)[T::kParts][T::kSums],
-                      float (&own)[T::kParts][T::kOwnSums]) const {
-#pragma unroll
-    for (int to = 0; to < T::kSplits; ++to) {
-      if (to == split_) continue;
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (inside(to, i)) __stcg(place(to, split_) + i * kStride, vector(sums, to, i));
-      }
-    }
-    ptx::named_barrier_sync(1 + warpgroup_, 128);
-    const int thread = threadIdx.x % 128;
-    if (thread < T::kSplits && thread != split_) {
-      ptx::fence_gpu();
-      ptx::barrier_arrive_remote(arrived_ + 8 * split_, thread * T::kClusterRows + row_);
-    }
-    for (int from = 0; from < T::kSplits; ++from) {
-      if (from != split_) ptx::barrier_wait_cluster(arrived_ + 8 * from, 0);
-    }
-    // In the order of K, so that the result is the same whoever computes it.
-    float4 got[T::kSplits][kVectors];
-#pragma unroll
-    for (int from = 0; from < T::kSplits; ++from) {
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (from != split_ && inside(split_, i)) {
-          got[from][i] = __ldcg(place(split_, from) + i * kStride);
-        } else {
-          got[from][i] = mine(sums, i);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      float4 v = got[0][i];
-#pragma unroll
-      for (int from = 1; from < T::kSplits; ++from) {
-        v.x += got[from][i].x;
-        v.y += got[from][i].y;
-        v.z += got[from][i].z;
-        v.w += got[from][i].w;
-      }
-      float* to = &own[i / kOwn][i % kOwn * 4];
-      to[0] = v.x;
-      to[1] = v.y;
-      to[2] = v.z;
-      to[3] = v.w;
-    }
-  }
-
- private:
-  static constexpr int kOwn = T::kOwnSums / 4, kVectors = T::kParts * kOwn;
-  static constexpr int kStride = T::kConsumerThreads, kShare = kVectors * kStride;
-  static constexpr int64_t kBuffer = int64_t{T::kSplits} * T::kSplits * kShare;
-
-  __device__ __forceinline__ float4* place(int to, int from) const {
-    return buffer_ + (to * T::kSplits + from) * kShare;
-  }
-  // Whether vector i of the share of CTA `to` lies in the tile.
-  __device__ __forceinline__ static bool inside(int to, int i) {
-    return (to * kOwn + i % kOwn) * 4 < T::kSums;
-  }
-  __device__ __forceinline__ static float4 vector(const float (&sums)[T::kParts][T::kSums], int to,
-                                                  int i) {
-    if (!inside(to, i)) return float4{};
-    const float* v = &sums[i / kOwn][(to * kOwn + i % kOwn) * 4];
-    return make_float4(v[0], v[1], v[2], v[3]);
-  }
-  __device__ __forceinline__ float4 mine(const float (&sums)[T::kParts][T::kSums], int i) const {
-    float4 v = {};
-#pragma unroll
-    for (int to = 0; to < T::kSplits; ++to) {
-      if (to == split_) v = vector(sums, to, i);
-    }
-    return v;
-  }
-
-  uint32_t arrived_;
-  float4* buffer_;
-  int row_, split_, warpgroup_;
-};
-
 // Puts the segments of a tile together that several clusters hold. Nobody waits for anybody: each
 // writes its sums, and the last to arrive adds all of them in the order of K, so that the result
 // does not depend on who that is. Works by warpgroup.
@@ -127,12 +29,21 @@ class Combiner {
   __device__ bool combine(const Job& job, Sums sums) const {
     const int others = job.last - job.first;
     uint32_t* counter = p_.counters + (job.first * T::kClusterSize + rank_) * 2 + warpgroup_;
-    // Where the sums are just two, or these come first, they may stay in registers.
-    const bool may_keep = others == 1 || cluster_ == job.first;
+    // The last may leave its own in registers: few of them, for a copy, or else where they are one
+    // of two or come first.
+    constexpr bool kFew = T::kTokens <= 32;
+    const bool may_keep = kFew || others == 1 || cluster_ == job.first;
     if (may_keep && share([&] { return ptx::load_relaxed(counter); }) == others) {
       if (thread() == 0) ptx::store_relaxed(counter, 0);
       ptx::fence_gpu();
-      add_all(job, cluster_, sums);
+      if constexpr (kFew) {
+        float own[T::kParts][T::kSums];
+        memcpy(own, sums, sizeof own);
+        clear(sums);
+        add_all(job, cluster_, sums, &own);
+      } else {
+        add_all(job, cluster_, sums);
+      }
       return true;
     }
     store(place(cluster_, job.begin == 0), sums);
@@ -140,11 +51,7 @@ class Combiner {
     // Ordered after every store of the warpgroup by the barrier. Back to 0 after the last.
     if (share([&] { return ptx::atomic_ticket(counter, others); }) != others) return false;
     ptx::fence_gpu();
-#pragma unroll
-    for (int part = 0; part < T::kParts; ++part) {
-#pragma unroll
-      for (int i = 0; i < T::kSums; ++i) sums[part][i] = 0;
-    }
+    clear(sums);
     add_all(job, -1, sums);
     return true;
   }
@@ -169,6 +76,13 @@ class Combiner {
            static_cast<int64_t>(slot) * (kVectors * T::kConsumerThreads) + warpgroup_ * 128 +
            thread();
   }
+  __device__ __forceinline__ static void clear(Sums sums) {
+#pragma unroll
+    for (int part = 0; part < T::kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < T::kSums; ++i) sums[part][i] = 0;
+    }
+  }
   __device__ static void store(float4* to, Sums sums) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -176,9 +90,11 @@ class Combiner {
       __stcg(to + i * T::kConsumerThreads, make_float4(v[0], v[1], v[2], v[3]));
     }
   }
-  // Adds the partial sums of all clusters of the tile but `skip`, in the order of K. Up to 16 loads
-  // of a thread are under way at a time.
-  __device__ void add_all(const Job& job, int skip, Sums sums) const {
+  // Adds the partial sums of all clusters of the tile, in the order of K. Those of `mine` are not
+  // read: they are `own`, or in the sums already. Up to 16 loads of a thread are under way at a
+  // time.
+  __device__ __forceinline__ void add_all(const Job& job, int mine, Sums sums,
+                                          const float (*own)[T::kParts][T::kSums] = nullptr) const {
     constexpr int kMost = kVectors > 32 ? 4 : 16;
     constexpr int kDeep = kVectors < kMost ? kVectors : kMost, kWide = kDeep <= 4 ? 4 : 1;
     for (int c = job.first; c <= job.last; c += kWide) {
@@ -187,7 +103,7 @@ class Combiner {
         float4 v[kWide][kDeep];
 #pragma unroll
         for (int j = 0; j < kWide; ++j) {
-          const bool wanted = c + j <= job.last && c + j != skip;
+          const bool wanted = c + j <= job.last && c + j != mine;
           const float4* from = place(c + j, c + j == job.first) + i * T::kConsumerThreads;
 #pragma unroll
           for (int d = 0; d < kDeep; ++d) {
@@ -200,6 +116,10 @@ class Combiner {
 #pragma unroll
           for (int d = 0; d < kDeep; ++d) {
             if (i + d >= kVectors) continue;
+            if (own && c + j == mine) {
+              const float* o = &(*own)[(i + d) / (T::kSums / 4)][(i + d) % (T::kSums / 4) * 4];
+              v[j][d] = make_float4(o[0], o[1], o[2], o[3]);
+            }
             float* to = &sums[(i + d) / (T::kSums / 4)][(i + d) % (T::kSums / 4) * 4];
             to[0] += v[j][d].x;
             to[1] += v[j][d].y;

@@ -33,18 +33,17 @@ struct alignas(16) Job {
 };
 static_assert(sizeof(Job) == heuristics::kJobBytes);
 
-template <int row_tiles, int tokens, int cluster_rows, int splits, int w_stages, int x_stages,
-          int x_blocks, bool promote>
+template <int row_tiles, int tokens, int cluster_rows, int w_stages, int x_stages, int x_blocks,
+          bool promote>
 struct Traits {
-  static constexpr heuristics::GemmConfig kConfig{
-      "", row_tiles, tokens, cluster_rows, splits, w_stages, x_stages, x_blocks, promote};
+  static constexpr heuristics::GemmConfig kConfig{"",       row_tiles, tokens,   cluster_rows,
+                                                  w_stages, x_stages,  x_blocks, promote};
   static_assert(heuristics::legal(kConfig));
 
   static constexpr int kRowTiles = row_tiles;
   static constexpr int kTokens = tokens;
   static constexpr int kClusterRows = cluster_rows;  // CTAs that share x
-  static constexpr int kSplits = splits;             // CTAs that share a tile's K
-  static constexpr int kClusterSize = cluster_rows * splits;
+  static constexpr int kClusterSize = cluster_rows;
   static constexpr int kWStages = w_stages;
   static constexpr int kXStages = x_stages;
   static constexpr int kXBlocks = x_blocks;  // of 128 columns in a slot of x
@@ -64,8 +63,6 @@ struct Traits {
   static constexpr int kConsumerRegisters = kShares ? 96 : 224;
   static_assert(kLoaderRegisters + 2 * kConsumerRegisters <= 65536 / 128 / (kShares ? 2 : 1));
   static constexpr int kSums = tokens / 2;  // accumulator registers of a thread and part
-  // Of a tile whose K several CTAs split each finishes these tokens.
-  static constexpr int kOwnTokens = 8 * heuristics::own_groups(kConfig), kOwnSums = kOwnTokens / 2;
   static_assert(kPartRows * heuristics::kConsumerWarpgroups == kTileRows);
 
   // Shared memory, in bytes from the start:
@@ -94,9 +91,7 @@ struct Traits {
   static constexpr int kJobFull = kXEmpty + 8 * kXStages;
   static constexpr int kJobEmpty = kJobFull + 8 * kJobStages;
   static constexpr int kJobs = kJobEmpty + 8 * kJobStages;
-  static constexpr int kExchanged = kJobs + heuristics::kJobBytes * kJobStages;
-  static constexpr int kTickets =
-      kExchanged + 8 * heuristics::kConsumerWarpgroups * heuristics::kMaxSplits;
+  static constexpr int kTickets = kJobs + heuristics::kJobBytes * kJobStages;
   static_assert(kJobs % 16 == 0);
   static constexpr int kSmemBytes = kTickets + 4 * heuristics::kConsumerWarpgroups;
   static_assert(kSmemBytes == heuristics::smem_bytes(kConfig));
