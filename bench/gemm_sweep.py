@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from gemm import ceiling, regret, report, targets
-from gemm.choices import Choices, launches
+from gemm.choices import GRAPH_US, Choices, launches
 from gemm.lost import DeviceLost, avoided, start_anew
 from gemm.machine import add_commit, clocks, machine, short_name
 from gemm.rivals import Spense
@@ -35,9 +35,6 @@ from spense_kernels.testing.configs import gemm_configs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SETTLED_TOKENS = 256  # from here on products draw so much power that the clock depends on them
-# A recording lasts at least about so long: what its first launch waits for is no part of a model's
-# many layers.
-GRAPH_US = 2400
 SETUP_SECONDS = 0.15  # of one point: recording, cuSPARSELt's search
 
 

@@ -15,13 +15,15 @@ from gemm.rivals import Spense
 from gemm.shapes import HUNGRY_TOKENS
 from gemm.timing import Call, Recorder, Recording, rotation
 
-GRAPH_US = 250  # a recording lasts at least about so long
+# A recording lasts at least about so long: what its first launch waits for is no part of a model's
+# many layers, and differs by configuration.
+GRAPH_US = 2400
 MAX_LAUNCHES = 256  # of a recording
 MOST_TOKEN_TILES, FAR_BEHIND = 16, 1.5  # of a configuration that may be the fastest
 TRIES = 2  # launches that may show it, each with a cold L2
 ROUNDS, DOUBT_ROUNDS = 5, 15
 CLOSE = 1.2  # the same from HUNGRY_TOKENS on, where each has the device to itself for long
-ALONE, PASSES = "alone", 4  # through a model's layers
+ALONE = "alone"
 DOUBT, DOUBTED = 0.03, 3  # regret above which the fastest few are timed again
 
 
@@ -87,18 +89,21 @@ class Choices:
         rounds: int,
         model: Sequence[Spense],
     ) -> dict[str, dict]:
-        floor = ceiling.floor_us(spense.layer, spense.split, m, self.rate)
+        def turns(of: Sequence[Spense]) -> int:
+            floor = sum(ceiling.floor_us(s.layer, s.split, m, self.rate) for s in of)
+            return launches(self.recorder, floor, GRAPH_US)
 
         def alone(calls: list[Call]) -> Recording:
-            turn = rotation(calls, launches(self.recorder, floor, GRAPH_US))
+            turn = rotation(calls, turns([spense]))
             return self.recorder.record(turn, len(turn))
 
         others = {other: other.calls(m) for other in model if other is not spense}
+        passes = turns(model) if model else 0
 
         def among_others(calls: list[Call]) -> Recording:
             of = others | {spense: calls}
-            turn = [of[s][i % len(of[s])] for i in range(PASSES) for s in model]
-            return self.recorder.record(turn, PASSES)
+            turn = [of[s][i % len(of[s])] for i in range(passes) for s in model]
+            return self.recorder.record(turn, passes)
 
         record = among_others if model else alone
         recordings = {name: record(calls) for name, calls in contenders.items()}

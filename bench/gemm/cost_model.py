@@ -167,6 +167,7 @@ def facts_of(
         "rounds": tiles / slots,
         "pieces": tiles / (even or slots),
         "cut": even != tiles,
+        "searched": not even,
         "begun": ceil_div(tiles, slots) + (not even and tiles % slots > 0),
         "tickets": size == 1,
         "company": size - 1 if token_tiles > 1 else 0,
@@ -193,7 +194,8 @@ def estimate(device: dict, sparse, dense, tile, fixup, stream, facts: dict) -> n
     lacking = np.maximum(0, (full - rounds) * (units_us + tile) - ahead)
     us = us + np.where(~np.asarray(stream, bool) & (rounds > 1), lacking, 0)
     us = us * (1 + device["kCompany"] * facts["company"])
-    return us + device["kLaunchUs"] * np.where(stream, device["kStreamLaunch"], 1)
+    searched = np.asarray(stream, bool) & np.asarray(facts["searched"], bool)
+    return us + device["kLaunchUs"] * np.where(searched, device["kStreamLaunch"], 1)
 
 
 def estimates(

@@ -29,7 +29,7 @@ static_assert(std::size(kCosts) == kInstances, "every instance has its costs");
 
 // Of the device, by the same fit: the rates that its limits seem to have in this formula.
 constexpr double kDramBytesPerUs = 3.545e6, kL2BytesPerUs = 18.542e6, kLaunchUs = 0.365;
-constexpr double kStreamLaunch = 2.990;  // a stream-K launch against another
+constexpr double kStreamLaunch = 2.990;  // one whose tiles are cut as one stream against another
 constexpr double kExponent = 1.818;      // how the limits add up: 1 would be one after another
 constexpr double kL2Bytes = 40e6, kReread = 0.099;  // cut tiles read again what L2 does not hold
 // Nanoseconds by which 32 rows of zeros in the last token tile, which the tensor map makes up,
@@ -75,7 +75,7 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
     const double begun = full + (!even && full != rounds ? 1 : 0);
     work = (even ? tiles / even : rounds) * units_us + begun * c.tile_us;
     if (even != tiles) work += c.fixup_us;
-    launch *= kStreamLaunch;
+    if (!even) launch *= kStreamLaunch;
     dram += kReread * std::max(0.0, w + x - kL2Bytes) * (token_tiles - 1) / kDramBytesPerUs;
   }
   const auto power = [](double v) { return std::pow(v, kExponent); };
