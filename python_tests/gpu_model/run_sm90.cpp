@@ -49,14 +49,14 @@ int main(int count, char** words) {
       desc.m = shape.m, desc.n = shape.n, desc.k = shape.k;
       desc.packed_bytes = shape.w_bytes;
       desc.multiprocessors = multiprocessors;
-      const int slots = std::max(1, multiprocessors / heuristics::cluster_size(config));
+      const int slots = std::max(1, multiprocessors / config.cluster_rows);
       const auto schedule = heuristics::schedule(desc, choice, slots);
       model::machine().regions = problem.regions(heuristics::partial_bytes(config, schedule),
                                                  heuristics::counter_count(config, schedule));
       GemmArgs args = problem.args();
       sm90::launch(choice, schedule, args, problem.partials(), problem.counters(), nullptr);
     };
-    kernels.push_back({choice.name(), config.tokens, heuristics::cluster_size(config), launch});
+    kernels.push_back({choice.name(), config.tokens, config.cluster_rows, launch});
   }
   return model::run_all(kernels, count, words);
 }

@@ -32,9 +32,6 @@ void barrier_arrive(uint32_t barrier);
 void barrier_arrive_expect(uint32_t barrier, uint32_t bytes);
 void barrier_arrive_remote(uint32_t barrier, uint32_t rank);
 void barrier_wait(uint32_t barrier, uint32_t parity);
-inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-  barrier_wait(barrier, parity);
-}
 inline void named_barrier_sync(uint32_t id, uint32_t threads) {
   model::sync_threads(static_cast<int>(id), static_cast<int>(threads));
 }
