@@ -17,8 +17,8 @@ from spense_kernels.layout import BLOCK_BYTES, DENSE_UNIT_COLUMNS, TILE_ROWS, ce
 HEURISTICS = Path(__file__).resolve().parents[2] / "csrc" / "heuristics"
 COSTS, FORMULA = HEURISTICS / "sm90_costs.def", HEURISTICS / "cost.cpp"
 # Constants of the device in cost.cpp, in the order of a parameter vector.
-DEVICE = ("kDramBytesPerUs", "kL2BytesPerUs", "kLaunchUs", "kStreamLaunch", "kExponent")
-DEVICE += ("kReread", "kZeroRowsNs", "kSpread", "kCompany")
+DEVICE = ("kDramBytesPerUs", "kL2BytesPerUs", "kLaunchUs", "kExponent", "kReread")
+DEVICE += ("kZeroRowsNs", "kSpread", "kCompany")
 L2_BYTES = 40e6
 OF_CONFIG = ("sparse", "dense", "tile", "fix-up")  # microseconds, in sm90_costs.def
 LEAST = 0.01  # of any constant, which is fitted as a logarithm
@@ -167,7 +167,6 @@ def facts_of(
         "rounds": tiles / slots,
         "pieces": tiles / (even or slots),
         "cut": even != tiles,
-        "searched": not even,
         "begun": ceil_div(tiles, slots) + (not even and tiles % slots > 0),
         "tickets": size == 1,
         "company": size - 1 if token_tiles > 1 else 0,
@@ -194,8 +193,7 @@ def estimate(device: dict, sparse, dense, tile, fixup, stream, facts: dict) -> n
     lacking = np.maximum(0, (full - rounds) * (units_us + tile) - ahead)
     us = us + np.where(~np.asarray(stream, bool) & (rounds > 1), lacking, 0)
     us = us * (1 + device["kCompany"] * facts["company"])
-    searched = np.asarray(stream, bool) & np.asarray(facts["searched"], bool)
-    return us + device["kLaunchUs"] * np.where(searched, device["kStreamLaunch"], 1)
+    return us + device["kLaunchUs"]
 
 
 def estimates(

@@ -28,17 +28,16 @@ constexpr size_t kInstances = 0
 static_assert(std::size(kCosts) == kInstances, "every instance has its costs");
 
 // Of the device, by the same fit: the rates that its limits seem to have in this formula.
-constexpr double kDramBytesPerUs = 3.545e6, kL2BytesPerUs = 18.542e6, kLaunchUs = 0.365;
-constexpr double kStreamLaunch = 2.990;  // one whose tiles are cut as one stream against another
-constexpr double kExponent = 1.818;      // how the limits add up: 1 would be one after another
-constexpr double kL2Bytes = 40e6, kReread = 0.099;  // cut tiles read again what L2 does not hold
+constexpr double kDramBytesPerUs = 3.555e6, kL2BytesPerUs = 16.196e6, kLaunchUs = 0.237;
+constexpr double kExponent = 1.777;  // how the limits add up: 1 would be one after another
+constexpr double kL2Bytes = 40e6, kReread = 0.248;  // cut tiles read again what L2 does not hold
 // Nanoseconds by which 32 rows of zeros in the last token tile, which the tensor map makes up,
 // delay 128 columns: they take longer to copy than rows of x. Few hide behind the weight's copies,
 // so that the delay grows with their square.
-constexpr double kZeroRowsNs = 31.685;
-constexpr double kSpread = 0.087;  // of the time: how much earlier than the last the first CTAs end
+constexpr double kZeroRowsNs = 35.006;
+constexpr double kSpread = 0.092;  // of the time: how much earlier than the last the first CTAs end
 // For each CTA that a cluster waits for beside itself, where several clusters read a weight.
-constexpr double kCompany = 0.031;
+constexpr double kCompany = 0.023;
 
 const Cost& cost(const GemmConfig& config) {
   return *std::find_if(std::begin(kCosts), std::end(kCosts),
@@ -66,7 +65,7 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
   const double x_reads = std::ceil(row_tiles / config.row_tiles) * x;
   const double l2 = (w * token_tiles + x_reads / config.cluster_rows) / kL2BytesPerUs;
   const double rounds = tiles / slots, full = std::ceil(rounds);
-  double work = 0, launch = kLaunchUs;
+  double work = 0;
   if (choice.mode == Mode::kWhole) {
     work = std::max(1.0, rounds) * (units_us + c.tile_us);
   } else {
@@ -75,7 +74,6 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
     const double begun = full + (!even && full != rounds ? 1 : 0);
     work = (even ? tiles / even : rounds) * units_us + begun * c.tile_us;
     if (even != tiles) work += c.fixup_us;
-    if (!even) launch *= kStreamLaunch;
     dram += kReread * std::max(0.0, w + x - kL2Bytes) * (token_tiles - 1) / kDramBytesPerUs;
   }
   const auto power = [](double v) { return std::pow(v, kExponent); };
@@ -87,7 +85,7 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
     us += std::max(0.0, (full - rounds) * (units_us + c.tile_us) - ahead);
   }
   if (token_tiles > 1) us *= 1 + kCompany * (config.cluster_rows - 1);
-  return us + launch;
+  return us + kLaunchUs;
 }
 
 }  // namespace spense::heuristics
