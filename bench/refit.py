@@ -9,8 +9,8 @@
 The formula is that of csrc/heuristics/cost.cpp; python_tests/test_refit.py holds both together.
 First least squares in the logarithm of time, unless the constants that stand lose less; then random
 steps to choices that lose less, where errors of runs that are close to one another decide; last all
-times together to the level of a sweep's. Shapes with no part in the fit are HELD_OUT and UNSEEN of gemm/shapes.py, or those that
---hold-out names.
+times together to the level of a sweep's. Shapes with no part in the fit are HELD_OUT and UNSEEN of
+gemm/shapes.py, or those that --hold-out names.
 """
 
 from __future__ import annotations
