@@ -12,7 +12,7 @@ import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
 KERNEL = (
-    "void spense::sm90::hybrid_gemm<spense::sm90::Traits<(int)1, (int)16, (int)1, (int)1, (int)8, "
+    "void spense::sm90::hybrid_gemm<spense::sm90::Traits<(int)1, (int)16, (int)1, (int)8, "
     "(int)13, (int)2, (bool)1>>(spense::sm90::Params)"
 )
 NVJET = "nvjet_sm90_qqtst_80x64_128x11_1x2_h_bz_TNN"

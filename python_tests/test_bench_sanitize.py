@@ -79,7 +79,7 @@ def race(config: str, write: int, read: int, hazards: int) -> str:
 
 
 UNINITIALISED = """========= Uninitialized __global__ memory read of size 4 bytes
-=========     at void spense::sm90::hybrid_gemm<spense::sm90::Traits<(int)1, (int)16, (int)1, \
+=========     at void spense::sm90::hybrid_gemm<spense::sm90::Traits<(int)1, (int)16, \
 (int)1, (int)8, (int)13, (int)2, (bool)1>>(spense::sm90::Params)+0x40
 =========     by thread ({thread},0,0) in block (0,0,0)
 =========     Address {address} is out of nothing

@@ -33,10 +33,10 @@ def measured():
 
 
 def test_the_estimate_is_near_what_was_measured():
-    """Decode on an H100, 0, 25 and 100 % dense: estimates are 12.8 % below to 9.2 % above.
+    """Decode on an H100 from 0 to 100 % dense: estimates are 15.2 % below to 10.4 % above.
 
     The former is Qwen3-32B's qkv at 100 % dense, whose 80 tiles leave multiprocessors idle; all
-    others are less than 9.3 % off.
+    others are less than 10.5 % off.
 
     They were fitted to what a layer adds among a model's others, more than it takes among its like.
     """
@@ -44,10 +44,10 @@ def test_the_estimate_is_near_what_was_measured():
     for p in measured():
         us = gemm_us(p["m"], p["n"], p["k"], p["packed_bytes"])
         off[p["layer"], p["m"], p["dense"]] = us / p["times"]["spense"]["us"] - 1
-    assert len(off) >= 120
-    assert max(map(abs, off.values())) < 0.13, off
+    assert len(off) >= 200
+    assert max(map(abs, off.values())) < 0.155, off
     others = {key: x for key, x in off.items() if (key[0], key[2]) != ("qwen3-32b.qkv", 1.0)}
-    assert max(map(abs, others.values())) < 0.095, others
+    assert max(map(abs, others.values())) < 0.105, others
     assert abs(sum(off.values()) / len(off)) < 0.02
 
 
