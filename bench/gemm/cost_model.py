@@ -40,14 +40,14 @@ class Config:
         store = 32 if self.tokens % 32 == 0 else 16 if self.tokens % 16 == 0 else 8
         return ceil_div(ceil_div(m, tiles), unit := max(8 * self.cluster_rows, store)) * unit
 
-    def even_clusters(self, tiles: int, k_blocks: int, slots: int) -> int:
-        """As heuristics::even_clusters of csrc/heuristics/gemm.h."""
+    def pieces_of_each(self, tiles: int, k_blocks: int, slots: int) -> int:
+        """As heuristics::pieces_of_each of csrc/heuristics/gemm.h."""
         if tiles >= slots:
             return 0
         steps = ceil_div(k_blocks, 2)
-        even = min(max(steps // 2, 1), slots // tiles) * tiles
+        pieces = min(max(steps // 2, 1), slots // tiles)
         short_pieces = self.tokens <= 64 and steps * tiles <= 16 * slots
-        return even if short_pieces or 10 * even >= 9 * slots else 0
+        return pieces if short_pieces or 10 * pieces * tiles >= 9 * slots else 0
 
     def slots(self, multiprocessors: int) -> int:
         """Clusters at a time, as gemm.cpp guesses them where no device can be asked."""
@@ -159,15 +159,15 @@ def facts_of(
     x_rows = ceil_div(row_tiles, config.row_tiles) * m
     size, slots = config.cluster_rows, config.slots(multiprocessors)
     tiles = ceil_div(row_tiles, config.row_tiles * config.cluster_rows) * token_tiles
-    even = config.even_clusters(tiles, blocks, slots)
+    pieces = config.pieces_of_each(tiles, blocks, slots)
     return {
         "sparse": sparse,
         "dense": blocks - 2 * sparse,
         "zeros": ((token_tiles * config.tile_tokens(m) - m) / 32) ** 2 * blocks,
         "rounds": tiles / slots,
-        "pieces": tiles / (even or slots),
-        "cut": even != tiles,
-        "begun": ceil_div(tiles, slots) + (not even and tiles % slots > 0),
+        "share": 1 / pieces if pieces else tiles / slots,
+        "cut": pieces != 1,
+        "begun": ceil_div(tiles, slots) + (not pieces and tiles % slots > 0),
         "tickets": size == 1,
         "company": size - 1 if token_tiles > 1 else 0,
         "token_tiles": token_tiles,
@@ -182,7 +182,7 @@ def estimate(device: dict, sparse, dense, tile, fixup, stream, facts: dict) -> n
     units_us = facts["sparse"] * sparse + facts["dense"] * dense
     units_us = units_us + facts["zeros"] * device["kZeroRowsNs"] / 1000
     full = np.ceil(rounds)
-    cut = facts["pieces"] * units_us + facts["begun"] * tile + facts["cut"] * fixup
+    cut = facts["share"] * units_us + facts["begun"] * tile + facts["cut"] * fixup
     work = np.where(stream, cut, np.maximum(1, rounds) * (units_us + tile))
     again = device["kReread"] * np.maximum(0, facts["operands"] - L2_BYTES) * (token_tiles - 1)
     dram = (facts["once"] + np.where(stream, again, 0)) / device["kDramBytesPerUs"]

@@ -29,6 +29,7 @@
 #include "cuda/neighbours.h"
 #include "cuda/row_bytes.cuh"
 #include "cuda/row_exchange.cuh"
+#include "device/sharing.h"
 
 namespace spense::cuda {
 namespace {
@@ -44,11 +45,11 @@ struct Weightless {
   }
 };
 
-// Registers of a thread that fit beside a GEMM of few tokens (sm90::Traits::kShares): its 12 warps
-// hold 80 a thread, and a multiprocessor's four quarters each have their registers and warps.
+// Registers of a thread that fit beside a GEMM of few tokens (sm90::Traits::kShares), in each
+// quarter of the multiprocessor.
 constexpr int left_registers(int threads) {
-  const int warps = (threads + 127) / 128;
-  return (65536 / 4 - 3 * 80 * 32) / 32 / warps / 8 * 8;
+  const int warps = (threads + 127) / 128, others = device::kSharingThreads / 128;
+  return (device::kRegisters / 4 / 32 - others * device::kSharingRegisters) / warps / 8 * 8;
 }
 constexpr int kGatherVectors = 2;  // of a thread of quantize_few_rows
 // Whether CTAs of quantize_held_rows have one group of rows each.

@@ -69,11 +69,11 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
   if (choice.mode == Mode::kWhole) {
     work = std::max(1.0, rounds) * (units_us + c.tile_us);
   } else {
-    // Pieces of even_clusters() may be whole tiles; others cross from one tile into the next.
-    const int even = even_clusters(config, static_cast<int64_t>(tiles), desc.k_blocks(), slots);
-    const double begun = full + (!even && full != rounds ? 1 : 0);
-    work = (even ? tiles / even : rounds) * units_us + begun * c.tile_us;
-    if (even != tiles) work += c.fixup_us;
+    // One stream's pieces cross from one tile into the next.
+    const int pieces = pieces_of_each(config, static_cast<int64_t>(tiles), desc.k_blocks(), slots);
+    const double begun = full + (!pieces && full != rounds ? 1 : 0);
+    work = (pieces ? 1.0 / pieces : rounds) * units_us + begun * c.tile_us;
+    if (pieces != 1) work += c.fixup_us;
     dram += kReread * std::max(0.0, w + x - kL2Bytes) * (token_tiles - 1) / kDramBytesPerUs;
   }
   const auto power = [](double v) { return std::pow(v, kExponent); };

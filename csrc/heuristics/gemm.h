@@ -144,10 +144,9 @@ GemmChoice choose(const GemmDesc& desc, const MaxClusters& fit);
 
 // Clusters that may be under way at a time.
 int cluster_slots(const GemmDesc& desc, const MaxClusters& fit, const GemmConfig& config);
-// Clusters among which fewer tiles than slots are dealt out in equally many pieces of a size each,
-// so that none has to do with two tiles if these are of one size; 0 where that would leave too many
-// of them idle.
-int even_clusters(const GemmConfig& config, int64_t tiles, int64_t k_blocks, int slots);
+// Pieces that each of fewer tiles than slots is cut into by itself, so that no cluster has to do
+// with two tiles; 0 where that would leave too many clusters idle.
+int pieces_of_each(const GemmConfig& config, int64_t tiles, int64_t k_blocks, int slots);
 ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slots);
 
 // Weight units of a ring that may be on their way at a time: enough to keep DRAM busy, not so many

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "device/job_ring.cuh"
+#include "device/sharing.h"
 #include "format/tile_stream.h"
 #include "heuristics/gemm.h"
 #include "sm90/params.h"
@@ -61,7 +62,9 @@ struct Traits {
   static constexpr bool kShares = tokens <= 64;
   static constexpr int kLoaderRegisters = kShares ? 48 : 56;
   static constexpr int kConsumerRegisters = kShares ? 96 : 224;
-  static_assert(kLoaderRegisters + 2 * kConsumerRegisters <= 65536 / 128 / (kShares ? 2 : 1));
+  static_assert(kLoaderRegisters + 2 * kConsumerRegisters <=
+                device::kRegisters / 128 / (kShares ? 2 : 1));
+  static_assert(!kShares || kThreads == device::kSharingThreads);
   static constexpr int kSums = tokens / 2;  // accumulator registers of a thread and part
   static_assert(kPartRows * heuristics::kConsumerWarpgroups == kTileRows);
 
