@@ -137,21 +137,23 @@ def test_the_choice_is_one_of_the_configs():
 
 
 def test_cut_tiles_get_as_many_pieces_each_where_that_keeps_nearly_all_busy():
-    def dealt(m: int, n: int, k: int, choice: str) -> tuple[int, int, int]:
+    def dealt(m: int, n: int, k: int, choice: str) -> tuple[int, int, int, int]:
         packed = Split.from_fraction(n, k, 0.25).packed_bytes
         found = _C.sm90.schedule(m, n, k, packed, choice)
-        return found["clusters"], found["whole"], found["skew"]
+        return found["clusters"], found["whole"], found["pieces"], found["skew"]
 
     small, large = "t128x16_c1_s8x13:stream", "t128x128_c1_s5x7_f:stream"
     # 40 tiles on 132 multiprocessors: three pieces each, whether K is short or long.
-    assert dealt(16, 5120, 8192, small) == (120, 0, 0)
-    assert dealt(16, 5120, 25600, small) == (120, 0, 0)
-    assert dealt(128, 5120, 25600, large) == (120, 0, 0)
+    assert dealt(16, 5120, 8192, small) == (120, 0, 3, 0)
+    assert dealt(16, 5120, 25600, small) == (120, 0, 3, 0)
+    assert dealt(128, 5120, 25600, large) == (120, 0, 3, 0)
+    # No more pieces than give each two steps of K: four of 2048 columns.
+    assert dealt(16, 20 * 128, 2048, small) == (80, 0, 4, 0)
     # 70 tiles: one piece each would leave half of them idle, so pieces cross the edges of tiles.
-    clusters, whole, skew = dealt(16, 70 * 128, 25600, small)
-    assert (clusters, whole) == (132, 0)
+    clusters, whole, pieces, skew = dealt(16, 70 * 128, 25600, small)
+    assert (clusters, whole, pieces) == (132, 0, 0)
     assert skew > 0
-    assert dealt(128, 70 * 128, 25600, large) == (132, 0, 0)
+    assert dealt(128, 70 * 128, 25600, large) == (132, 0, 0, 0)
     # More tiles than multiprocessors: whole rounds come first.
     assert dealt(128, 300 * 128, 8192, large)[1] == 132
     with pytest.raises(ValueError, match="choice: expected one of t128x16"):

@@ -63,12 +63,13 @@ void add_sm90(py::module_& parent) {
         }
         const auto p = schedule(desc, *found, cluster_slots(desc, {}, *found->config));
         return py::dict(py::arg("clusters") = p.clusters, py::arg("whole") = p.whole,
-                        py::arg("skew") = p.skew);
+                        py::arg("pieces") = p.pieces, py::arg("skew") = p.skew);
       },
       py::arg("m"), py::arg("n"), py::arg("k"), py::arg("packed_bytes"), py::arg("choice"),
       py::arg("multiprocessors") = 132,
-      "How a choice deals out the tiles: clusters of CTAs, tiles that are not cut, and by how many "
-      "1/1024 the last cluster's piece is smaller than the first's (heuristics/schedule.h).");
+      "How a choice deals out the tiles: clusters of CTAs, tiles that are not cut, pieces of each "
+      "where all are cut by themselves, and by how many 1/1024 the last cluster's piece is smaller "
+      "than the first's (heuristics/schedule.h).");
 }
 
 }  // namespace spense::bindings

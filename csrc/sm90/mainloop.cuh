@@ -94,14 +94,6 @@ class Multiplier {
   using Metadata = uint32_t[T::kParts][kSparseSteps];
   using Batch = float (&)[kBatchSums][T::kPromote ? T::kParts : 1][T::kPromote ? T::kSums : 1];
 
-  __device__ __forceinline__ static void clear(Sums sums) {
-#pragma unroll
-    for (int part = 0; part < T::kParts; ++part) {
-#pragma unroll
-      for (int i = 0; i < T::kSums; ++i) sums[part][i] = 0;
-    }
-  }
-
   // A sparse unit, 256 logical columns: one batch or two.
   __device__ __forceinline__ void sparse_step(Sums sums, Batch batch, Metadata& metadata) {
     constexpr int kBatches = 2 / kBlocks;

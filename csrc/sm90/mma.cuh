@@ -33,6 +33,16 @@ SPENSE_ATOMS(176)
 SPENSE_ATOMS(256)
 #undef SPENSE_ATOMS
 
+// Sums of a warpgroup's parts, to zero.
+template <int kParts, int kSums>
+__device__ __forceinline__ void clear(float (&sums)[kParts][kSums]) {
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[part][i] = 0;
+  }
+}
+
 // Descriptor of a K-major operand with the 128-byte swizzle: rows 128 bytes apart, groups of eight
 // rows 1024 bytes apart. `address` may point at any multiple of 16 bytes inside a row.
 __device__ __forceinline__ uint64_t operand(uint32_t address) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "device/ptx.cuh"
+#include "sm90/mma.cuh"
 #include "sm90/traits.cuh"
 
 namespace spense::sm90 {
@@ -75,13 +76,6 @@ class Combiner {
     return reinterpret_cast<float4*>(p_.partials) +
            static_cast<int64_t>(slot) * (kVectors * T::kConsumerThreads) + warpgroup_ * 128 +
            thread();
-  }
-  __device__ __forceinline__ static void clear(Sums sums) {
-#pragma unroll
-    for (int part = 0; part < T::kParts; ++part) {
-#pragma unroll
-      for (int i = 0; i < T::kSums; ++i) sums[part][i] = 0;
-    }
   }
   __device__ static void store(float4* to, Sums sums) {
 #pragma unroll
