@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
 import os
 import resource
@@ -16,6 +17,8 @@ import torch
 import transformers
 from torch import nn
 
+import spense_kernels
+from spense_kernels import env
 from spense_kernels.checkpoint import (
     inspect_checkpoint,
     load_checkpoint,
@@ -163,6 +166,18 @@ def test_files_say_what_they_are(saved):
         "torch",
         "transformers",
     }
+
+
+def test_a_build_on_the_path_need_not_be_installed(model, tmp_path, monkeypatch):
+    def installed(name: str) -> str:
+        if name == "spense-kernels":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return importlib.metadata.version(name)
+
+    monkeypatch.setattr(env, "version", installed)
+    save_checkpoint(model, tmp_path / "saved")
+    said = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert said["provenance"]["versions"]["spense-kernels"] == spense_kernels.__version__
 
 
 def test_inspect_counts_bytes(model, saved):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -72,6 +73,12 @@ def backends() -> dict[str, str]:
             archs = ", ".join(sorted({gpu["arch"] for gpu in present}))
             reason = f"built for {', '.join(built)}, but the device is {archs}"
     return {"cpu": cpu, "cuda": "runs" if reason is None else f"does not run: {reason}"}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python, of this build, which need not be installed, and of installed packages."""
+    ours = {"python": platform.python_version(), "spense-kernels": _load.build_info()["version"]}
+    return ours | {name: version(name) for name in packages}
 
 
 def collect() -> dict:

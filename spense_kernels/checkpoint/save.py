@@ -6,13 +6,11 @@ from __future__ import annotations
 import copy
 import json
 import os
-import platform
 import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from spense_kernels.checkpoint.storage import (
     write_safetensors,
     write_sums,
 )
+from spense_kernels.env import versions
 from spense_kernels.errors import CheckpointError
 from spense_kernels.format.validate import DTYPES as LAYER_DTYPES
 from spense_kernels.linear import SpenseLinear
@@ -87,7 +86,7 @@ def describe_model(model: nn.Module, provenance: dict[str, Any] | None = None) -
             inherited = inherited.to_dict()
         provenance = inherited.get("provenance", {}) if isinstance(inherited, dict) else {}
     provenance = check_json(provenance, "save_checkpoint: provenance")
-    provenance.setdefault("versions", _versions())
+    provenance.setdefault("versions", versions("torch", "transformers"))
     return SpenseConfig(
         modules={
             name: ModuleEntry(m.out_features, m.in_features, m.split.k_shards, m.has_bias)
@@ -111,11 +110,6 @@ def _check_target(path: Path, overwrite: bool) -> None:
         raise CheckpointError(
             f"save_checkpoint: {path} exists and is no spense checkpoint, so it is not overwritten"
         )
-
-
-def _versions() -> dict[str, str]:
-    names = ("spense-kernels", "torch", "transformers")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 @contextmanager

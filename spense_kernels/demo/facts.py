@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 
 import torch
 
-from spense_kernels.env import cpu_configs, cpu_name
+from spense_kernels.env import cpu_configs, cpu_name, versions
 
 BF16_BYTES = 2
-PACKAGES = ("spense-kernels", "torch", "transformers", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 
 def model_facts(loaded) -> dict:
@@ -55,8 +54,7 @@ def machine() -> dict:
 
 
 def software() -> dict:
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **versions}
+    return versions(*PACKAGES)
 
 
 def now() -> str:
