@@ -200,8 +200,8 @@ def test_all_tokens_in_a_batch_take_one_pass(gemma, tokens, monkeypatch):
         for (name, field, a), (*_, b) in zip(together.tensors(), apart.tensors(), strict=True)
         if field == "error"
     ]
-    # Sums in another order let single groups keep other weights: on some CPUs first in a layer's last
-    # projection, whose input the others make; later layers take that further.
+    # Sums in another order let single groups keep other weights: on some CPUs in a layer's last
+    # projection already, whose input the others make; later layers take that further.
     for i, (name, a, b) in enumerate(errors):
         first_layer = i < len(together.layers[0])
         bound = 0.04 if not first_layer else 0.01 if name == "mlp.down_proj" else 0.0005
