@@ -15,7 +15,7 @@ from gpu_model import build
 from gpu_model.mutations import ALL, EQUIVALENT, MUTATIONS, Mutation
 
 ARCHS = ("sm100", "sm90")
-PROBLEMS = 10  # of each config, problem.cpp
+PROBLEMS = 11  # of each config, problem.cpp
 TIMEOUT = 300
 REASON = build.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")

@@ -70,7 +70,8 @@ double estimate_us(const GemmDesc& desc, const GemmChoice& choice, int slots) {
     work = std::max(1.0, rounds) * (units_us + c.tile_us);
   } else {
     // One stream's pieces cross from one tile into the next.
-    const int pieces = pieces_of_each(config, static_cast<int64_t>(tiles), desc.k_blocks(), slots);
+    const int pieces =
+        pieces_of_each(config.tokens, static_cast<int64_t>(tiles), desc.k_blocks(), slots);
     const double begun = full + (!pieces && full != rounds ? 1 : 0);
     work = (pieces ? 1.0 / pieces : rounds) * units_us + begun * c.tile_us;
     if (pieces != 1) work += c.fixup_us;

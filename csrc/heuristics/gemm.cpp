@@ -90,14 +90,14 @@ int cluster_slots(const GemmDesc& desc, const MaxClusters& fit, const GemmConfig
   return std::max(1, known ? known : guess);
 }
 
-int pieces_of_each(const GemmConfig& config, int64_t tiles, int64_t k_blocks, int slots) {
+int pieces_of_each(int tokens, int64_t tiles, int64_t k_blocks, int slots) {
   constexpr int kShortPiece = 16;
   if (tiles >= slots) return 0;
   // Every piece gets a step, whatever a tile's columns are.
   const int64_t steps = steps_of(static_cast<int32_t>(k_blocks));
   const int64_t pieces = std::clamp<int64_t>(steps / 2, 1, slots / tiles);
   const bool nearly_all = 10 * pieces * tiles >= 9 * slots;
-  const bool short_pieces = config.tokens <= 64 && steps * tiles <= kShortPiece * slots;
+  const bool short_pieces = tokens <= 64 && steps * tiles <= kShortPiece * slots;
   return nearly_all || short_pieces ? static_cast<int>(pieces) : 0;
 }
 
@@ -122,7 +122,7 @@ ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slot
     return p;
   }
 
-  if (const int pieces = pieces_of_each(config, tiles, p.k_blocks, slots)) {
+  if (const int pieces = pieces_of_each(config.tokens, tiles, p.k_blocks, slots)) {
     p.pieces = pieces;
     p.clusters = pieces * tiles;
     return p;

@@ -145,8 +145,8 @@ GemmChoice choose(const GemmDesc& desc, const MaxClusters& fit);
 // Clusters that may be under way at a time.
 int cluster_slots(const GemmDesc& desc, const MaxClusters& fit, const GemmConfig& config);
 // Pieces that each of fewer tiles than slots is cut into by itself, so that no cluster has to do
-// with two tiles; 0 where that would leave too many clusters idle.
-int pieces_of_each(const GemmConfig& config, int64_t tiles, int64_t k_blocks, int slots);
+// with two tiles; 0 where that would leave too many clusters idle. `tokens`: of a tile.
+int pieces_of_each(int tokens, int64_t tiles, int64_t k_blocks, int slots);
 ScheduleParams schedule(const GemmDesc& desc, const GemmChoice& choice, int slots);
 
 // Weight units of a ring that may be on their way at a time: enough to keep DRAM busy, not so many

@@ -62,8 +62,8 @@ Estimate estimate(const GemmDesc& desc, const Config& config, const Machine& mac
   // Where tiles are cut, about every CTA writes and reads one part of a tile.
   const ScheduleParams cut = schedule(desc, config);
   const int64_t groups = format::ceil_div(desc.row_tiles(), cluster_ctas(config));
-  const double parts =
-      cut.whole < groups * cut.token_tiles ? static_cast<double>(partial_bytes(config, cut)) : 0;
+  const bool whole = cut.pieces == 1 || cut.whole == groups * cut.token_tiles;
+  const double parts = whole ? 0 : static_cast<double>(partial_bytes(config, cut));
   const double per_us = desc.multiprocessors * machine.clock_ghz * 1e3;
   Estimate e;
   e.tensor_us = token_tiles * clocks / per_us;
@@ -100,13 +100,18 @@ ScheduleParams schedule(const GemmDesc& desc, const Config& config, int slots) {
   const int size = cluster_ctas(config);
   const int guess = desc.multiprocessors / size * (size > 2 ? 10 : 11) / 11;
   p.clusters = std::max(1, slots ? slots : guess);
+  const int32_t tiles =
+      static_cast<int32_t>(format::ceil_div(p.row_tiles, cluster_ctas(config))) * p.token_tiles;
+  if (const int pieces = pieces_of_each(config.tokens, tiles, p.k_blocks, p.clusters)) {
+    p.pieces = pieces;
+    p.clusters = pieces * tiles;
+    return p;
+  }
 
   // The cheapest a tile can be, all of it sparse.
   const int32_t steps = steps_of(p.k_blocks),
                 least = blocks_of_steps(steps, p.k_blocks / 2, p.k_blocks);
   p.snap = std::min(kSparseBlocks * cluster_ctas(config), least / 4);
-  const int32_t tiles =
-      static_cast<int32_t>(format::ceil_div(p.row_tiles, cluster_ctas(config))) * p.token_tiles;
   if (config.tokens > 64) {  // bound by the tensor cores: whole tiles, and stream-K for the rest
     p.whole = tiles % p.clusters == 0 ? tiles : std::max(0, tiles / p.clusters - 1) * p.clusters;
   }

@@ -216,6 +216,8 @@ std::vector<Case> cases(int tokens, int ctas) {
       {"odd K", 1, 130, 1360, {336, 80}, 2 * ctas},
       // A cut right behind the edge of a tile that is cut again; it moves to the edge.
       {"snap", 3, 512 * ctas, 4096, {}, 15 * ctas},
+      // Too long for a piece or two of each tile: one stream whose every piece but two ends inside.
+      {"uneven", 3, 256 * ctas, 6400, {}, 3 * ctas},
       // More units than the rings hold, more jobs than theirs.
       {"long", t, 256, 4608, {1152, 1152}, 2 * ctas},
       {"jobs", 30 * t, 128 * ctas, 256, {}, ctas},
@@ -226,6 +228,7 @@ std::vector<Case> cases(int tokens, int ctas) {
   };
   for (Case& c : all) {
     if (c.name == "snap") c.dense_width.assign(4 * ctas, 0);
+    if (c.name == "uneven") c.dense_width.assign(2 * ctas, 640);
     if (c.name == "jobs") c.dense_width.assign(ctas, 128);
   }
   return all;
