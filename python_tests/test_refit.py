@@ -28,7 +28,7 @@ def refit(monkeypatch):
 
 def results(model, noise: float = 0.0) -> dict:
     """A sweep's file in which every configuration takes what the model says."""
-    from gemm.cost_model import estimate, facts_of, instances
+    from gemm.cost_model import MODES, estimate, facts_of, instances
 
     entries, chance = [], np.random.default_rng(0)
     for n, k in SHAPES:
@@ -38,7 +38,7 @@ def results(model, noise: float = 0.0) -> dict:
                 shape = {"layer": f"{n}x{k}", "n": n, "k": k, "m": m, "dense": d, "run": 0}
                 for name, config in instances().items():
                     facts = facts_of(config, n, k, m, packed, 132)
-                    for mode in ("whole", "stream"):
+                    for mode in MODES:
                         us = estimate(model.device, *model.config[name], mode == "stream", facts)
                         us = float(us * np.exp(noise * chance.standard_normal()))
                         run = {"config": f"{name}:{mode}", "us": us, "packed_bytes": packed}

@@ -125,8 +125,6 @@ struct Segment {
   int32_t group = 0, token_tile = 0;
   int32_t step_begin = 0, step_end = 0;
   int32_t first = 0, last = 0;  // clusters that hold segments of this tile
-
-  SPENSE_HD bool partial() const { return first != last; }
 };
 
 // Where the partial sums of a segment go: each cluster has two places.
@@ -200,6 +198,51 @@ class Schedule {
     token_ = band_start_ + inside % width;
   }
 
+  // --- steps of the current tile ---
+  SPENSE_HD int32_t blocks_until(int32_t turn) const {
+    int32_t sum = 0;
+    for (int r = 0; r < kGroup; ++r) {
+      const int32_t tile = group_ * kGroup + r;
+      if (tile < p_.row_tiles) sum += walk_.blocks(turn, table_.sparse_units(tile), p_.k_blocks);
+    }
+    return sum;
+  }
+  // The first step that begins at least `offset` blocks behind the start of the tile.
+  SPENSE_HD int32_t first_step(int32_t offset) const {
+    if (kGroup == 1 && p_.back == 0) return step_at(offset, table_.sparse_units(group_));
+    int32_t low = 0, high = steps_;  // blocks_until(low) < offset <= blocks_until(high)
+    while (high - low > 1) {
+      const int32_t middle = (low + high) / 2;
+      if (blocks_until(middle) < offset) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return high;
+  }
+  // The same for one tile in the order of K.
+  SPENSE_HD int32_t step_at(int32_t offset, int32_t sparse_units) const {
+    const int32_t dense = offset - kSparseBlocks * sparse_units;
+    if (dense <= 0) return (offset + kSparseBlocks - 1) / kSparseBlocks;
+    return min(steps_, sparse_units + (dense + kMaxStepBlocks - 1) / kMaxStepBlocks);
+  }
+
+  // --- pieces ---
+  SPENSE_HD bool next_piece(Segment& out) {
+    if (tile_ >= 0) return false;
+    tile_ = cluster_ / p_.pieces;
+    place(tile_);
+    const int32_t piece = cluster_ - tile_ * p_.pieces, first = cluster_ - piece;
+    const int32_t blocks = blocks_until(steps_);
+    const auto edge = [&](int32_t pieces) {
+      return pieces == p_.pieces ? steps_ : first_step(blocks * pieces / p_.pieces);
+    };
+    const int32_t begin = piece == 0 ? 0 : edge(piece);
+    out = Segment{group_, token_, begin, edge(piece + 1), first, first + p_.pieces - 1};
+    return true;
+  }
+
   // --- the stream part ---
   SPENSE_HD int32_t blocks_before_tile(int32_t tile) {
     if (tile == 0) return 0;
@@ -250,57 +293,12 @@ class Schedule {
       blocks_ = group_blocks(group_);
     }
   }
-  SPENSE_HD int32_t blocks_until(int32_t turn) const {
-    int32_t sum = 0;
-    for (int r = 0; r < kGroup; ++r) {
-      const int32_t tile = group_ * kGroup + r;
-      if (tile < p_.row_tiles) sum += walk_.blocks(turn, table_.sparse_units(tile), p_.k_blocks);
-    }
-    return sum;
-  }
   // The step at which a cut `offset` blocks behind the start of the current tile falls.
   SPENSE_HD int32_t cut(int32_t offset) const {
     if (offset <= p_.snap) return 0;
     if (offset >= blocks_ - p_.snap) return steps_;
     return first_step(offset);
   }
-  // The first step that begins at least `offset` blocks behind the start of the tile.
-  SPENSE_HD int32_t first_step(int32_t offset) const {
-    if (kGroup == 1 && p_.back == 0) return step_at(offset, table_.sparse_units(group_));
-    int32_t low = 0, high = steps_;  // blocks_until(low) < offset <= blocks_until(high)
-    while (high - low > 1) {
-      const int32_t middle = (low + high) / 2;
-      if (blocks_until(middle) < offset) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
-    return high;
-  }
-  // The same for one tile in the order of K.
-  SPENSE_HD int32_t step_at(int32_t offset, int32_t sparse_units) const {
-    const int32_t dense = offset - kSparseBlocks * sparse_units;
-    if (dense <= 0) return (offset + kSparseBlocks - 1) / kSparseBlocks;
-    return min(steps_, sparse_units + (dense + kMaxStepBlocks - 1) / kMaxStepBlocks);
-  }
-
-  // --- pieces ---
-  SPENSE_HD bool next_piece(Segment& out) {
-    if (tile_ >= 0) return false;
-    tile_ = cluster_ / p_.pieces;
-    place(tile_);
-    const int32_t piece = cluster_ - tile_ * p_.pieces, first = cluster_ - piece;
-    const int32_t blocks = blocks_until(steps_);
-    const auto edge = [&](int32_t pieces) {
-      return pieces == p_.pieces ? steps_ : first_step(blocks * pieces / p_.pieces);
-    };
-    const int32_t begin = piece == 0 ? 0 : edge(piece);
-    out = Segment{group_, token_, begin, edge(piece + 1), first, first + p_.pieces - 1};
-    return true;
-  }
-
-  // --- the stream part, behind it ---
   // The last cluster whose raw cut is at most `position`.
   SPENSE_HD int32_t owner(int32_t position) const {
     const int32_t last = p_.clusters - 1;

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kShares ? 2 : 1)
                         : warp == 8 ? WarpRole::kWeights
                         : warp == 9 ? WarpRole::kActivations
                                     : WarpRole::kIdle;
-  const int cluster = blockIdx.x / T::kClusterRows, row = blockIdx.x % T::kClusterRows;
+  const int cluster = blockIdx.x / T::kClusterSize, row = blockIdx.x % T::kClusterSize;
 
   ptx::grid_launch_dependents();
   int32_t touched = 0;

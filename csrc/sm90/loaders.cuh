@@ -165,8 +165,8 @@ class ActivationLoader {
         if (i == blocks) break;
         const uint32_t to = slot + i * T::kXBlockBytes;
         const int column = (block + i) * kRowBytes;
-        if constexpr (T::kClusterRows > 1) {
-          constexpr uint16_t kSharers = (1u << T::kClusterRows) - 1;
+        if constexpr (T::kClusterSize > 1) {
+          constexpr uint16_t kSharers = (1u << T::kClusterSize) - 1;
           ptx::tensor_copy_2d_multicast(to + row_ * box_tokens() * kRowBytes, &p_.x_map, column,
                                         row, full, kSharers, device::kEvictLast);
         } else {
@@ -177,7 +177,7 @@ class ActivationLoader {
     at_.advance();
   }
 
-  __device__ uint32_t box_tokens() const { return p_.tile_tokens / T::kClusterRows; }
+  __device__ uint32_t box_tokens() const { return p_.tile_tokens / T::kClusterSize; }
 
   const Params& p_;
   uint32_t smem_, row_;

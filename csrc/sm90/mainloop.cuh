@@ -239,7 +239,7 @@ class Multiplier {
     }
     __syncwarp();  // all lanes have read their metadata
     if (w_ends_ != 0) arrive<1>(w_ends_);
-    if (x_ends_ != 0) arrive<T::kClusterRows>(x_ends_);
+    if (x_ends_ != 0) arrive<T::kClusterSize>(x_ends_);
   }
   // Arrives once a warp, at the barriers of all that share the slot.
   template <int kSharers>

@@ -43,8 +43,7 @@ struct Traits {
 
   static constexpr int kRowTiles = row_tiles;
   static constexpr int kTokens = tokens;
-  static constexpr int kClusterRows = cluster_rows;  // CTAs that share x
-  static constexpr int kClusterSize = cluster_rows;
+  static constexpr int kClusterSize = cluster_rows;  // CTAs, which share x
   static constexpr int kWStages = w_stages;
   static constexpr int kXStages = x_stages;
   static constexpr int kXBlocks = x_blocks;  // of 128 columns in a slot of x
